@@ -1,0 +1,136 @@
+"""DeepSpeed's seam: `deepspeed.initialize` looks up `PipelineEngine` in its module when it is called.
+
+A stand-in takes that name. It builds DeepSpeed's own engine unless the config asks for noflush, and answers
+isinstance and issubclass as the class it stands for, because scripts (Megatron-DeepSpeed's too) ask.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.pipe import engine as pipe_engine
+
+from noflush.config import OLDEST_DEEPSPEED, RunFacts, check_config, check_run
+
+logger = logging.getLogger("noflush")
+TESTED = ("0.19.8",)
+_NEEDED = (
+    "_exec_forward_pass",
+    "_exec_load_micro_batch",
+    "_exec_reduce_grads",
+    "_exec_schedule",
+    "_next_batch",
+    "_reserve_pipe_buffers",
+    "_scale_loss_by_gas",
+    "reset_activation_shape",
+)
+
+
+class HostChangedError(RuntimeError):
+    """DeepSpeed is not of the shape that noflush patches."""
+
+
+class _StandInType(type):
+    """Makes the stand-in pass for the class it stands for."""
+
+    __wrapped__: type
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _build(cls.__wrapped__, *args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__wrapped__)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.__wrapped__)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.__wrapped__, name)
+
+
+def patch() -> None:
+    """Puts the stand-in in place. Idempotent. Raises HostChangedError naming what is missing."""
+    if is_patched():
+        return
+    check_host()
+    original = deepspeed.PipelineEngine
+    stand_in = _StandInType("PipelineEngine", (), {"__wrapped__": original, "__doc__": original.__doc__})
+    deepspeed.PipelineEngine = stand_in
+    logger.info("noflush: deepspeed.PipelineEngine stands for %s.%s", original.__module__, original.__qualname__)
+
+
+def unpatch() -> None:
+    """Puts DeepSpeed's own class back."""
+    if is_patched():
+        deepspeed.PipelineEngine = deepspeed.PipelineEngine.__wrapped__
+
+
+def is_patched() -> bool:
+    """True while the stand-in is in place."""
+    return type(deepspeed.PipelineEngine) is _StandInType
+
+
+def missing_seams() -> list[str]:
+    """Symbols that noflush builds on and this DeepSpeed lacks; empty when all is well."""
+    version = tuple(int(p) for p in deepspeed.__version__.split("+")[0].split(".")[:3] if p.isdigit())
+    missing = []
+    if version < OLDEST_DEEPSPEED:
+        missing.append(f"version {'.'.join(map(str, OLDEST_DEEPSPEED))} or newer")
+    if "PipelineEngine" not in deepspeed.initialize.__code__.co_names:
+        missing.append("deepspeed.initialize looking up PipelineEngine when called")
+    missing += [
+        f"deepspeed.runtime.pipe.engine.PipelineEngine.{name}"
+        for name in _NEEDED
+        if not hasattr(pipe_engine.PipelineEngine, name)
+    ]
+    return missing
+
+
+def check_host() -> None:
+    """Raises HostChangedError with the version found, the versions tested and what is missing."""
+    missing = missing_seams()
+    if missing:
+        raise HostChangedError(
+            f"noflush cannot register with DeepSpeed {deepspeed.__version__} (tested: {', '.join(TESTED)}): "
+            f"missing {'; '.join(missing)}. Install a tested version: pip install deepspeed=={TESTED[-1]}"
+        )
+
+
+def _build(original: type, *args: Any, **kwargs: Any) -> Any:
+    ds_config = kwargs["config_class"]._param_dict
+    if check_config(ds_config) is None:
+        return original(*args, **kwargs)
+    from noflush.engine import NoFlushEngine
+
+    model = kwargs["model"]
+    config, schedule = check_run(ds_config, facts_of(model, kwargs.get("optimizer")))
+    return NoFlushEngine(config, schedule, *args, **kwargs)
+
+
+def facts_of(model: Any, client_optimizer: Any = None) -> RunFacts:
+    """What a DeepSpeed ``PipelineModule`` says about the run it belongs to."""
+    return RunFacts(
+        stages=model.num_stages,
+        layers=len(model._layer_specs),
+        tied_keys=tuple(model.tied_comms) or tuple(_tied_keys(model)),
+        tensor_parallel=model._grid.model_parallel_size,
+        dynamic_shape=bool(model.dynamic_shape),
+        deepspeed_version=deepspeed.__version__,
+        client_optimizer=client_optimizer is not None,
+    )
+
+
+def _tied_keys(model: Any) -> list[str]:
+    keys = {spec.key for spec in model._layer_specs if isinstance(spec, deepspeed.pipe.TiedLayerSpec)}
+    return sorted(keys)
+
+
+def skip_shared_memory_build() -> None:
+    """Keeps `init_distributed` on a CPU from compiling DeepSpeed's shared-memory collective.
+
+    It serves `inference_all_reduce` alone, which training never calls; its build takes a minute or more
+    and fails without a C++ compiler.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,287 @@
+"""The ``async_pipeline`` JSON block: its fields, its defaults, and every fault a run can be refused for.
+
+Pure: no torch, no host. What the host knows about a run reaches the checks as a `RunFacts`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from noflush.schedule import Schedule, ScheduleName, WeightPolicy
+
+BLOCK = "async_pipeline"
+OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG")
+OLDEST_DEEPSPEED = (0, 19, 3)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message lists every fault found, one a line."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
+        super().__init__(f"noflush refuses this configuration ({count}):\n" + "\n".join(f"  - {f}" for f in faults))
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class AsyncPipelineConfig:
+    """The block itself. Frozen; ``parse_block`` makes one out of JSON."""
+
+    enabled: bool = True
+    """False leaves DeepSpeed exactly as it was, as does a config without the block."""
+
+    schedule: ScheduleName = "1f1b_no_flush"
+    """``1f1b_no_flush`` never drains; ``1f1b_flush`` is the synchronous twin in the same engine."""
+
+    weights: WeightPolicy = "stash"
+    """``stash``: backward sees exactly its forward's weights. ``latest``: one version, backward sees the live
+    weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
+
+    extra_in_flight: int = 0
+    """Micro-batches in flight at stage 0 beyond one a stage; hides link latency at the price of delay."""
+
+    clip: Literal["stage"] = "stage"
+    """How ``gradient_clipping`` is applied: each stage clips by the norm of its own gradients."""
+
+    kernel: Literal["auto", "torch"] = "auto"
+    """What computes the update: ``torch`` (foreach operations). ``auto`` chooses; today that is ``torch``."""
+
+    trace_dir: str | None = None
+    """Folder for one trace file a rank (the newest events only); None writes none."""
+
+    peer_timeout_s: float = 600.0
+    """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the host knows about a run before its engine is built.
+
+    Attributes:
+        stages: pipeline stages P.
+        layers: entries of the ``PipelineModule``'s layer list.
+        tied_keys: keys of its tied layers.
+        tensor_parallel: tensor (model) parallel size.
+        dynamic_shape: whether the module was built with ``dynamic_shape=True``.
+        deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
+        client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
+    """
+
+    stages: int
+    layers: int
+    tied_keys: tuple[str, ...] = ()
+    tensor_parallel: int = 1
+    dynamic_shape: bool = False
+    deepspeed_version: str = "0.19.8"
+    client_optimizer: bool = False
+
+
+def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
+    """The block of a DeepSpeed config as a dict, or None where there is none or it is not enabled.
+
+    Raises ConfigError listing every fault of the block itself.
+    """
+    faults: list[str] = []
+    config = _parse(ds_config, faults)
+    if faults:
+        raise ConfigError(faults)
+    if config is None or not config.enabled:
+        return None
+    return config
+
+
+def check_config(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
+    """As ``parse_block``, and all that can be known from the config alone, before any process group exists."""
+    faults: list[str] = []
+    config = _parse(ds_config, faults)
+    if BLOCK not in ds_config or (config is not None and not config.enabled):
+        faults += _faults_when_disabled(ds_config)
+        config = None
+    else:
+        faults += _faults_of_host_config(ds_config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipelineConfig, Schedule]:
+    """The checked block and schedule of an enabled run. Raises ConfigError listing every fault of the run."""
+    faults: list[str] = []
+    config = _parse(ds_config, faults)
+    faults += _faults_of_host_config(ds_config)
+    faults += _faults_of_facts(facts)
+    if not facts.client_optimizer and not _at(ds_config, "optimizer", "type"):
+        faults.append(
+            "no optimizer: noflush updates the weights itself; add an \"optimizer\" section or pass optimizer= "
+            "to deepspeed.initialize"
+        )
+    schedule = None
+    if not faults and config is not None:
+        try:
+            schedule = Schedule(
+                stages=facts.stages,
+                gas=int(ds_config.get("gradient_accumulation_steps", 1)),
+                name=config.schedule,
+                weights=config.weights,
+                extra_in_flight=config.extra_in_flight,
+            )
+        except ValueError as error:
+            faults.append(f"{BLOCK}: {error}")
+    if faults:
+        raise ConfigError(faults)
+    assert config is not None
+    assert schedule is not None
+    return config, schedule
+
+
+def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConfig | None:
+    block = ds_config.get(BLOCK)
+    if BLOCK not in ds_config:
+        near = difflib.get_close_matches(BLOCK, [str(k) for k in ds_config], n=1, cutoff=0.8)
+        if near:
+            faults.append(f"{near[0]!r} is not a key of DeepSpeed or noflush: did you mean {BLOCK!r}?")
+        return None
+    if not isinstance(block, Mapping):
+        faults.append(f"{BLOCK} is {block!r}: it must be a JSON object such as {{\"enabled\": true}}")
+        return None
+    try:
+        config = AsyncPipelineConfig(**{str(key): value for key, value in block.items()})
+    except ValidationError as error:
+        faults += [_explain(dict(block), e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        return None
+    faults += _faults_of_values(config)
+    return config
+
+
+_LATER = {
+    ("extra_in_flight", "auto"): "measuring the link to choose the depth comes later; give a number (0 to start)",
+    ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
+    ("clip", "global"): (
+        "without a flush the stages' gradients belong to different batches, so there is no global norm to clip by; "
+        "use 'stage'"
+    ),
+    ("kernel", "triton"): "the fused Triton update comes later; use 'auto' or 'torch'",
+    ("kernel", "compile"): "the compiled update comes later; use 'auto' or 'torch'",
+}
+
+
+def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = str(location[0]) if location else "?"
+    known = [f.name for f in fields(AsyncPipelineConfig)]
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+        return f"{BLOCK}.{key} is not a key: {hint}"
+    value = block.get(key)
+    later = _LATER.get((key, value)) if isinstance(value, str) else None
+    rule = later or message[0].lower() + message[1:]
+    return f"{BLOCK}.{key} is {value!r}: {rule}"
+
+
+def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
+    faults = []
+    if config.extra_in_flight < 0:
+        faults.append(f"{BLOCK}.extra_in_flight is {config.extra_in_flight}: it must be 0 or more")
+    if not config.peer_timeout_s > 0:
+        faults.append(f"{BLOCK}.peer_timeout_s is {config.peer_timeout_s}: it must be more than 0 seconds")
+    return faults
+
+
+def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
+    name = _at(ds_config, "optimizer", "type")
+    if name in OUR_OPTIMIZERS:
+        return [
+            f"optimizer type {name!r} is noflush's, but {BLOCK} is not enabled: set {BLOCK}.enabled to true "
+            "(with \"schedule\": \"1f1b_flush\" for the synchronous twin), or choose one of DeepSpeed's optimizers"
+        ]
+    return []
+
+
+def _at(config: Mapping[str, Any], *path: str) -> Any:
+    value: Any = config
+    for key in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
+def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
+    faults = []
+    gas = ds.get("gradient_accumulation_steps", 1)
+    if isinstance(gas, bool) or not isinstance(gas, int) or gas < 1:
+        faults.append(f"gradient_accumulation_steps is {gas!r}: it must be a whole number, 1 or more")
+    clipping = ds.get("gradient_clipping", 1.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
+        faults.append(f"gradient_clipping is {clipping!r}: it must be a number, 0 (off) or more")
+    zero = _at(ds, "zero_optimization", "stage")
+    if zero in (2, 3):
+        faults.append(
+            f"zero_optimization.stage is {zero}: ZeRO-2 and ZeRO-3 shard what a pipeline stage needs whole between "
+            "micro-batches (DeepSpeed's pipeline refuses them too); use stage 0"
+        )
+    elif zero not in (None, 0):
+        faults.append(
+            f"zero_optimization.stage is {zero!r}: ZeRO-1 under noflush comes with the fused update; use stage 0"
+        )
+    for section in ("fp16", "bf16", "bfloat16"):
+        if _at(ds, section, "enabled"):
+            faults.append(
+                f"{section}.enabled is {ds[section]['enabled']!r}: mixed precision comes with the fused update; "
+                "train in float32, or take the block out to train in this precision with a flush"
+            )
+    if _at(ds, "torch_autocast", "enabled"):
+        faults.append("torch_autocast.enabled is true: mixed precision comes with the fused update; switch it off")
+    accumulate = _at(ds, "data_types", "grad_accum_dtype")
+    if accumulate not in (None, "fp32"):
+        faults.append(f"data_types.grad_accum_dtype is {accumulate!r}: gradients are accumulated in fp32")
+    if _at(ds, "curriculum_learning", "enabled") or _at(ds, "data_efficiency", "enabled"):
+        faults.append(
+            "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; "
+            "switch curriculum_learning and data_efficiency off"
+        )
+    if _at(ds, "compile", "deepcompile"):
+        faults.append("compile.deepcompile is true: it rewrites where parameters live; switch it off")
+    if ds.get("managed_gradient_accumulation", True) is not True:
+        faults.append("managed_gradient_accumulation is false: noflush owns the update interval; leave it out")
+    if _at(ds, "optimizer", "type") == "LBFGS":
+        faults.append(
+            "optimizer.type is 'LBFGS': it evaluates the loss several times a step, which a pipeline cannot do; "
+            "choose DelayAwareNAdamW, AdamW or another one-gradient method"
+        )
+    return faults
+
+
+def _faults_of_facts(facts: RunFacts) -> list[str]:
+    faults = []
+    version = tuple(int(part) for part in facts.deepspeed_version.split("+")[0].split(".")[:3] if part.isdigit())
+    if version < OLDEST_DEEPSPEED:
+        faults.append(
+            f"DeepSpeed {facts.deepspeed_version}: releases before 0.19.3 scale pipeline gradients wrongly "
+            "(by stage, or not at all); install deepspeed>=0.19.3,<0.20"
+        )
+    if facts.layers < facts.stages:
+        faults.append(
+            f"{facts.stages} stages for {facts.layers} layers: every stage needs a layer; use {facts.layers} "
+            "stages or fewer, or a model with more layers"
+        )
+    if facts.tied_keys:
+        faults.append(
+            f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
+            "different times; untie them (LayerSpec in place of TiedLayerSpec), or take the block out"
+        )
+    if facts.tensor_parallel > 1:
+        faults.append(
+            f"tensor parallel size {facts.tensor_parallel}: tensor parallelism comes with the Megatron launcher; use 1"
+        )
+    if facts.dynamic_shape:
+        faults.append(
+            "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; pad to one shape"
+        )
+    return faults

@@ -1,0 +1,377 @@
+"""DeepSpeed's pipeline engine, running without a flush.
+
+This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports, evaluation
+and checkpoints. What a stage does when is in `runner` and `schedule`; its weights are in `versions`. Attributes
+are prefixed ``_nf_``, because DeepSpeed's own class is large and free with names.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import time
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor
+
+from noflush.channels import TensorSpec, connect
+from noflush.config import AsyncPipelineConfig
+from noflush.deadlock import prove
+from noflush.intake import Intake
+from noflush.optim import RULES, DelayAwareOptimizer
+from noflush.progress import progress_line
+from noflush.runner import Payload, StageRunner
+from noflush.schedule import Schedule
+from noflush.trace import Recorder
+from noflush.versions import WeightRing
+
+logger = logging.getLogger("noflush")
+_CALLS_PER_TRACE_FILE = 200
+
+
+class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
+    """A `PipelineEngine` whose pipeline stays full across `train_batch` calls.
+
+    Built by `deepspeed.initialize` when the config has an enabled ``async_pipeline`` block. Beyond DeepSpeed's
+    interface it has `drain`, `updates`, `lag` and `loss_step`.
+
+    Args:
+        block: the checked JSON block.
+        schedule: the checked schedule, of as many stages as the module has.
+        args, kwargs: as `PipelineEngine` takes them.
+
+    Raises:
+        ScheduleError: the schedule could deadlock (checked before the first step).
+    """
+
+    def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
+        prove(schedule)
+        host_config = kwargs["config_class"]
+        # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
+        self._nf_breakdown = bool(host_config.wall_clock_breakdown)
+        host_config.wall_clock_breakdown = False
+        self._nf_schedule = schedule
+        super().__init__(*args, **kwargs)
+        self._nf_evaluating = False
+        self._nf_samples_per_call = self.train_batch_size()
+        self._nf_reported: tuple[int, float] | None = None
+        self._nf_bubbles = [math.nan] * schedule.stages
+        self._nf_updated = False
+        self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
+        self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
+        self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
+        self._nf_runner = self._nf_make_runner(block)
+        self._nf_intake = self._nf_make_intake()
+        if isinstance(self.optimizer, DelayAwareOptimizer):
+            self.optimizer.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
+        self.agg_train_loss = torch.tensor(math.nan, device=self.device)
+        if block.trace_dir:
+            atexit.register(self._nf_recorder.write)
+        if self.global_rank == 0:
+            logger.info(
+                "noflush: %s, weights %s, update by torch (foreach); lag by stage %s, weight versions by stage %s",
+                schedule.name,
+                schedule.weights,
+                [schedule.lag(s) for s in range(schedule.stages)],
+                [schedule.versions_alive(s) for s in range(schedule.stages)],
+            )
+
+    def _nf_make_runner(self, block: AsyncPipelineConfig) -> StageRunner:
+        schedule, stage = self._nf_schedule, self.stage_id
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        ring = WeightRing(trainable, schedule.versions_alive(stage), stash=schedule.weights != "latest")
+        drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
+        neighbours = connect(
+            pipelines=self.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
+            rank=self.global_rank,
+            ahead=[drop + 1 for drop in drops],
+            device=torch.device(self.device),
+            timeout_s=block.peer_timeout_s,
+        )
+        # A loss for the batch, the module's additional losses, and every stage's measured bubble.
+        words = 1 + len(self._nf_loss_names) + schedule.stages
+        return StageRunner(
+            schedule,
+            stage,
+            ring,
+            neighbours,
+            work=self,
+            recorder=self._nf_recorder,
+            report=TensorSpec((words,), torch.float64, False),
+            post_across_calls=dist.get_backend() == "gloo",
+        )
+
+    def _nf_make_intake(self) -> Intake:
+        neighbours = self._nf_runner.neighbours
+        replicas = None
+        if self.dp_world_size > 1:
+            readers = [pipeline[0] for pipeline in self.grid._topo.get_axis_comm_lists("pipe")]
+            if self.num_stages == 1:
+                readers = list(range(dist.get_world_size()))
+            group = dist.new_group(readers, backend="gloo")
+            replicas = group if self.is_first_stage() else None
+        reads = self.is_first_stage() or self.is_last_stage()
+        return Intake(
+            self.micro_batches, reads, super()._next_batch, neighbours.control_in, neighbours.control_out, replicas
+        )
+
+    # ---- what a user reads -------------------------------------------------------------------------------
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates this stage has made; behind ``global_steps`` while micro-batches are in flight."""
+        return self._nf_runner.updates
+
+    @property
+    def lag(self) -> int:
+        """Micro-batches in flight at this stage between calls, once the pipeline is full."""
+        return self._nf_schedule.lag(self.stage_id)
+
+    @property
+    def loss_step(self) -> int | None:
+        """The call (counted from 1, as ``global_steps``) whose loss `train_batch` last returned; None before any."""
+        return self._nf_reported[0] if self._nf_reported else None
+
+    # ---- training ----------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Any = None) -> Tensor:
+        """Trains on K = gradient_accumulation_steps micro-batches of ``data_iter``, without draining.
+
+        Returns the newest batch loss known to this stage: 0-dim float tensor, the mean over the batch's
+        micro-batches and the data-parallel replicas. Losses travel back with the gradients: the last stage
+        returns this call's, stage s the one of ceil(L/K) calls ago (`loss_step` names it), and nan until the
+        first has arrived.
+
+        Raises:
+            DataExhausted: a StopIteration; the iterator ended before K micro-batches (on every stage).
+            PeerError: a neighbouring stage died or hangs.
+        """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
+        start = time.perf_counter_ns()
+        if data_iter is not None:
+            self.set_dataiterator(data_iter)
+        self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message)
+        self.module.train()
+        self._compute_loss = True
+        self.fwd_outputs: list[Any] = []
+        self._nf_updated = False
+        known = self._nf_reported
+        self._nf_runner.run_call()
+        self.global_steps += 1
+        self.global_samples += self._nf_samples_per_call
+        self._step_applied = self._nf_updated
+        self._nf_recorder.add_call(time.perf_counter_ns() - start)
+        self._nf_after_call(news=self._nf_reported != known)
+        return self.agg_train_loss.clone()
+
+    def drain(self) -> None:
+        """Finishes every micro-batch in flight. Collective: call it on all ranks.
+
+        Afterwards every stage has made as many updates as calls; the next call fills the pipeline anew.
+        """
+        self._nf_runner.drain()
+        self._nf_recorder.write()
+
+    def _next_batch(self) -> Any:
+        return super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
+
+    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+        """Forward of one micro-batch (for the runner). The last stage's loss becomes ``self.loss``."""
+        if self.is_first_stage() or self.is_last_stage():
+            self._exec_load_micro_batch(buffer)
+        if received is not None:
+            self.pipe_buffers["inputs"][buffer] = received
+        self._exec_forward_pass(buffer)
+        self.fwd_outputs.clear()
+        outputs: Payload = self.pipe_buffers["outputs"][buffer]
+        return outputs
+
+    def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """Backward of one micro-batch (for the runner)."""
+        if gradients is None:
+            super()._exec_backward_pass(buffer)
+        else:
+            outputs = self.pipe_buffers["outputs"][buffer]
+            tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+            # DeepSpeed's hooks take a backward outside this flag for a user's mistake.
+            self._running_engine_backward = True
+            try:
+                # One traversal for all outputs; stock makes one for each.
+                torch.autograd.backward([t for t in tensors if t.requires_grad], gradients)
+            finally:
+                self._running_engine_backward = False
+        for kind in ("outputs", "output_tensors", "labels"):
+            self.pipe_buffers[kind][buffer] = None
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer] = None
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """Gradients of a micro-batch's received tensors (for the runner); frees its buffer."""
+        inputs = self.pipe_buffers["inputs"][buffer]
+        self.pipe_buffers["inputs"][buffer] = None
+        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
+        return [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors if t.requires_grad]
+
+    def run_update(self) -> None:
+        """One optimizer update of this stage (for the runner): reduce, clip, next version, learning rate."""
+        if self.is_data_parallel:
+            self._exec_reduce_grads()
+        if self.gradient_clipping() > 0.0:
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
+            self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping())
+        self._nf_runner.ring.update(self.optimizer)
+        self.zero_grad()
+        self._nf_updated = True
+        if self.lr_scheduler is not None:
+            try:
+                self.lr_scheduler.step()
+            except TypeError:  # Megatron's schedulers count samples
+                self.lr_scheduler.step(self._nf_samples_per_call)
+
+    def make_report(self, received: Tensor | None) -> Tensor:
+        """The loss of a finished batch and the stages' bubbles, on their way up (for the runner)."""
+        losses = 1 + len(self._nf_loss_names)
+        if received is None:
+            received = torch.full((losses + self.num_stages,), math.nan, dtype=torch.float64, device=self.device)
+            received[:losses] = self._nf_batch_losses()
+        report = received.clone()
+        report[losses + self.stage_id] = self._nf_bubbles[self.stage_id]
+        self._nf_learn(report)
+        return report
+
+    def _nf_batch_losses(self) -> Tensor:
+        """Mean losses of the batch that the last stage just finished, over micro-batches and replicas: [1 + n]."""
+        total, extra = self.total_loss, self.total_additional_losses or {}
+        self.total_loss = self.total_additional_losses = None
+        parts = [total, *(extra[name] for name in self._nf_loss_names)]
+        losses = torch.stack([self._scale_loss_by_gas(part).detach().reshape(()) for part in parts])
+        self._nf_loss_dtype = losses.dtype
+        if self.is_data_parallel:
+            dist.all_reduce(losses, group=self.mpu.get_data_parallel_group())
+            losses /= self.dp_world_size
+        return losses.double()
+
+    def _nf_learn(self, report: Tensor) -> None:
+        self.agg_train_loss = report[0].float()
+        if self._nf_loss_names:
+            values = report[1 : 1 + len(self._nf_loss_names)].float()
+            self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
+        self._nf_report = report
+        step = self._nf_reported[0] + 1 if self._nf_reported else self._nf_first_step()
+        self._nf_reported = (step, time.perf_counter())
+
+    def _nf_first_step(self) -> int:
+        return self._nf_runner.first_micro_batch // self.micro_batches + 1
+
+    # ---- reports -----------------------------------------------------------------------------------------
+
+    def _nf_after_call(self, news: bool) -> None:
+        if self.global_steps % _CALLS_PER_TRACE_FILE == 0:
+            self._nf_recorder.write()
+        every = self.steps_per_print()
+        due = every is not None and self.global_steps % every == 0
+        if due:
+            interval = self._nf_recorder.take_interval()
+            self._nf_bubbles[self.stage_id] = interval["bubble"]
+            if self.global_rank == 0:
+                self._report_progress(self.global_steps)
+                self._nf_print(interval)
+        if self.global_rank == 0 and self.monitor.enabled:
+            self._nf_write_events(news, due)
+
+    def _nf_print(self, interval: dict[str, float]) -> None:
+        line = progress_line(
+            steps=self.global_steps,
+            loss=float(self.agg_train_loss),
+            loss_step=self.loss_step,
+            additional={k: float(v) for k, v in (self.agg_additional_losses or {}).items()},
+            seconds=interval["seconds"] / self.steps_per_print(),
+            samples=self._nf_samples_per_call,
+            bubbles=self._nf_known_bubbles(),
+            breakdown=interval if self._nf_breakdown else None,
+        )
+        print(line, flush=True)  # noqa: T201  (stdout is where DeepSpeed's own progress line goes)
+
+    def _nf_known_bubbles(self) -> list[float]:
+        """Every stage's bubble as last heard from it, this stage's newest."""
+        if self._nf_reported is not None:
+            heard = self._nf_report[-self.num_stages :].tolist()
+            mine = self._nf_bubbles[self.stage_id]
+            self._nf_bubbles = heard
+            self._nf_bubbles[self.stage_id] = mine
+        return self._nf_bubbles
+
+    def _nf_write_events(self, news: bool, due: bool) -> None:
+        events = [("Train/Samples/lr", self.get_lr()[0], self.global_samples)] if self._nf_updated else []
+        if news and self.loss_step is not None:
+            # The loss is written where it belongs, not where it was learnt.
+            samples = self.global_samples - (self.global_steps - self.loss_step) * self._nf_samples_per_call
+            events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
+        bubble = self._nf_bubbles[self.stage_id]
+        if due and not math.isnan(bubble):
+            events.append(("Train/Samples/bubble", bubble, self.global_samples))
+        if events:
+            self.monitor.write_events(events)
+
+    # ---- evaluation and checkpoints ----------------------------------------------------------------------
+
+    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; training's micro-batches stay in flight and are not disturbed.
+
+        Every stage evaluates with its newest weights, of which a later stage has made up to ceil(L/K) updates
+        more than stage 0. Call `drain` first to evaluate one version everywhere.
+        """
+        training = self.pipe_buffers, self.num_pipe_buffers, self.module.training
+        self.pipe_buffers = {kind: [] for kind in self.pipe_buffers}
+        self.num_pipe_buffers = 0
+        self.reset_activation_shape()
+        self._nf_evaluating = True
+        try:
+            return super().eval_batch(*args, **kwargs)
+        finally:
+            self._nf_evaluating = False
+            self.pipe_buffers, self.num_pipe_buffers, was_training = training
+            self.total_loss = self.total_additional_losses = None
+            self.module.train(was_training)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, after `drain`: on every rank; the checkpoint loads in stock DeepSpeed."""
+        self.drain()
+        return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``."""
+        self.drain()
+        result = super().load_checkpoint(*args, **kwargs)
+        self._nf_runner.ring.restart(self.global_steps)
+        self._nf_runner.restart(self.global_steps * self.micro_batches)
+        self._nf_reported = None
+        return result
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Refused: the number of weight versions and the order of messages follow from K.
+
+        Raises:
+            RuntimeError: always, with what to do instead.
+        """
+        raise RuntimeError(
+            f"set_train_batch_size({train_batch_size}): the update interval cannot change while noflush runs; save a "
+            "checkpoint, set gradient_accumulation_steps in the config and load it again"
+        )
+
+    # ---- optimizers --------------------------------------------------------------------------------------
+
+    def _is_supported_optimizer(self, optimizer_name: str) -> bool:
+        return optimizer_name in RULES or bool(super()._is_supported_optimizer(optimizer_name))
+
+    def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
+        rule = RULES.get(self.optimizer_name())
+        if rule is None:
+            return super()._configure_basic_optimizer(model_parameters)
+        return rule(model_parameters, **(self.optimizer_params() or {}))

@@ -1,0 +1,95 @@
+"""How a call gets its micro-batches: all K before the first forward, agreed along the pipeline.
+
+Only the first and last stages read data; the stages between learn from a header that travels down the pipeline
+whether the call goes ahead. So an iterator that ends in the middle of a call stops every stage before any has
+computed: what was pulled is kept for the next call, and `drain()` still works.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from noflush.channels import ControlIn, ControlOut, PeerError
+
+
+class DataExhausted(StopIteration):
+    """The data iterator ended before a call had its K micro-batches. Raised on every stage, nothing lost."""
+
+
+class Intake:
+    """One rank's micro-batches.
+
+    Args:
+        gas: K, micro-batches a call.
+        reads: whether this stage reads data (the first and the last do).
+        pull: the next micro-batch of this rank's iterator; raises StopIteration at its end.
+        control_in, control_out: links to the stages before and after.
+        replicas: gloo group of the first stage's data-parallel replicas, which must stop together; or None.
+    """
+
+    def __init__(
+        self,
+        gas: int,
+        reads: bool,
+        pull: Callable[[], Any],
+        control_in: ControlIn | None,
+        control_out: ControlOut | None,
+        replicas: dist.ProcessGroup | None,
+    ) -> None:
+        self._gas = gas
+        self._reads = reads
+        self._pull = pull
+        self._in = control_in
+        self._out = control_out
+        self._replicas = replicas
+        self._pending: deque[Any] = deque()
+
+    def next(self) -> Any:
+        """The next micro-batch of the call under way."""
+        return self._pending.popleft()
+
+    def open_call(self, call: int, message: int) -> None:
+        """Pulls K micro-batches and agrees on it with the other stages.
+
+        ``call`` is the number of the `train_batch` call (for errors), ``message`` the activation it starts with.
+        Raises DataExhausted on every stage if there are fewer, PeerError if first and last stage disagree.
+        """
+        if self._in is None:
+            self._fill(self._gas)
+            pulled = len(self._pending)
+            ready = self._all_ready(pulled)
+        else:
+            pulled, ready = self._in.take()
+        if self._out is not None:
+            self._out.send([pulled, ready], before=message)
+        elif self._in is not None:
+            self._fill(pulled)
+            if len(self._pending) != pulled:
+                raise PeerError(
+                    f"call {call}: the last stage's data iterator ended after {len(self._pending)} micro-batches, the first "
+                    f"stage's gave {pulled}; pass the same data to train_batch() on both"
+                )
+        if not ready:
+            raise DataExhausted(
+                f"the data iterator ended in call {call} after {pulled} of {self._gas} micro-batches "
+                "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
+                "drain() to finish what is in flight"
+            )
+
+    def _fill(self, count: int) -> None:
+        while self._reads and len(self._pending) < count:
+            try:
+                self._pending.append(self._pull())
+            except StopIteration:
+                return
+
+    def _all_ready(self, pulled: int) -> int:
+        ready = torch.tensor([int(pulled == self._gas)])
+        if self._replicas is not None:
+            dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self._replicas)
+        return int(ready.item())

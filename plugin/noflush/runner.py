@@ -1,0 +1,231 @@
+"""Executes one stage's schedule: which weights, which message, which buffer, for every action in order.
+
+Decides nothing: order and versions come from `schedule`, storage from `versions`, transport from `channels`,
+and the host's own forward, backward and update from a `StageWork`. One micro-batch of a middle stage::
+
+    (1) RA  wait for the activation of m           (4) RG  wait for the gradient of m - L
+    (2) F   bind its version, run forward          (5) B   bind that forward's version, check, run backward
+    (3) SA  send the output on                     (6) SG  send the input's gradient back
+                                                   (7) U   after every K-th backward: the next version
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from noflush.channels import Neighbours, PayloadSpec, TensorSpec
+from noflush.schedule import Action, Op, Schedule, with_communication
+from noflush.trace import Recorder
+from noflush.versions import WeightRing
+
+Payload = Tensor | tuple[Tensor, ...]
+
+
+class StageWork(Protocol):
+    """What a host does for a stage. ``buffer`` numbers a place for one micro-batch in flight."""
+
+    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+        """Loads what the stage reads from data, runs forward; returns the outputs."""
+
+    def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """Backpropagates ``gradients`` of the differentiable outputs (None at the last stage: its loss)."""
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """Gradients of the differentiable inputs; frees the buffer."""
+
+    def run_update(self) -> None:
+        """Reduces, clips, makes the next weight version and clears the gradients."""
+
+    def make_report(self, received: Tensor | None) -> Tensor:
+        """What goes to the previous stage with a batch's last gradient; ``received`` came from the next one."""
+
+
+class StageRunner:
+    """One stage at work.
+
+    Args:
+        schedule, stage: what to do.
+        ring: the stage's weight versions.
+        neighbours: its channels.
+        work: the host's side.
+        recorder: where events go.
+        report: spec of the report tensor that travels up with the last gradient of every batch.
+        post_across_calls: whether receives may wait for messages of later calls (gloo yes; NCCL no, because
+            user code that synchronises the device between calls would wait for them).
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stage: int,
+        ring: WeightRing,
+        neighbours: Neighbours,
+        work: StageWork,
+        recorder: Recorder,
+        report: TensorSpec,
+        post_across_calls: bool,
+    ) -> None:
+        self.schedule = schedule
+        self.stage = stage
+        self.ring = ring
+        self.neighbours = neighbours
+        self.recorder = recorder
+        self.calls = 0
+        self.first_micro_batch = 0
+        self.first_version = ring.newest
+        self._work = work
+        self._report_spec = report
+        self._post_across_calls = post_across_calls
+        self._outgoing: PayloadSpec | None = None
+        self._incoming: PayloadSpec | None = None
+        self._first_message = 0
+        self._received: Payload | None = None
+        self._to_send: Payload | None = None
+        self._gradients: list[Tensor] | None = None
+        self._report: Tensor | None = None
+        self._no_report = torch.zeros(report.shape, dtype=report.dtype, device=ring.device)
+        self._do = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.UPDATE: self._update,
+            Op.SEND_ACTIVATION: self._send_activation,
+            Op.RECV_ACTIVATION: self._recv_activation,
+            Op.SEND_GRAD: self._send_grad,
+            Op.RECV_GRAD: self._recv_grad,
+        }
+
+    @property
+    def updates(self) -> int:
+        """Updates this stage has made, over all segments."""
+        return self.ring.newest
+
+    def run_call(self) -> None:
+        """Runs the actions of one `train_batch` call; user code then sees the newest weights."""
+        self._run(self.schedule.call(self.stage, self.calls))
+        self.calls += 1
+
+    @property
+    def next_message(self) -> int:
+        """Number of the activation message with which the next call starts."""
+        return self._message(self.calls * self.schedule.gas)
+
+    def drain(self) -> None:
+        """Finishes every micro-batch in flight; a new segment starts with the next call."""
+        self._run(self.schedule.drain(self.stage, self.calls))
+        finished = self.calls * self.schedule.gas
+        self._first_message += finished
+        self.restart(self.first_micro_batch + finished)
+
+    def restart(self, first_micro_batch: int) -> None:
+        """Numbers the next segment from ``first_micro_batch`` and the newest version; nothing may be in flight."""
+        self.calls = 0
+        self.first_micro_batch = first_micro_batch
+        self.first_version = self.ring.newest
+
+    def _run(self, compute: Sequence[Action]) -> None:
+        for action in with_communication(self.schedule.stages, compute):
+            start = time.perf_counter_ns()
+            self._do[action.op](action.index)
+            first = self.first_version if action.op is Op.UPDATE else self.first_micro_batch
+            self.recorder.add(action.op, first + action.index, start, time.perf_counter_ns())
+        self.ring.bind_newest()
+
+    def _global(self, m: int) -> int:
+        return self.first_micro_batch + m
+
+    def _buffer(self, m: int) -> int:
+        return m % self.schedule.in_flight(self.stage)
+
+    def _message(self, m: int) -> int:
+        # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
+        return self._first_message + m
+
+    def _message_limit(self, lag: int) -> int | None:
+        if self._post_across_calls:
+            return None
+        # Post all that the peer sends in this call, even what is needed only in the next one.
+        return self._message((self.calls + 1) * self.schedule.gas - lag)
+
+    def _ends_batch(self, m: int) -> bool:
+        return (m + 1) % self.schedule.gas == 0
+
+    def _recv_activation(self, m: int) -> None:  # (1)
+        inbox, control = self.neighbours.activations_in, self.neighbours.control_in
+        assert inbox is not None
+        assert control is not None
+        if self._incoming is None:
+            self._incoming = PayloadSpec.from_words(control.take())
+        tensors = inbox.take(self._message(m), self._incoming.tensors, self._message_limit(lag=0))
+        for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
+            tensor.requires_grad_(spec.differentiable)
+        self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
+        if self.neighbours.gradients_out is not None:
+            # The stage above had run B(m - lag - 1) when it sent this, so that gradient has arrived there.
+            above = self.schedule.lag_in_call(self.stage - 1)
+            self.neighbours.gradients_out.retire(self._message(m) - above - 1)
+
+    def _forward(self, m: int) -> None:  # (2)
+        self.ring.tag(self._global(m), self.first_version + self.schedule.version(self.stage, m))
+        outputs = self._work.run_forward(self._buffer(m), self._received)
+        self._received = None
+        if self.neighbours.activations_out is not None:
+            self._agree_on_shapes(m, outputs)
+            self._to_send = outputs
+
+    def _agree_on_shapes(self, m: int, outputs: Payload) -> None:
+        spec = PayloadSpec.of(outputs)
+        if self._outgoing is None:
+            assert self.neighbours.control_out is not None
+            self._outgoing = spec
+            self.neighbours.control_out.send(spec.to_words(), before=self._message(m))
+        elif spec != self._outgoing:
+            raise ValueError(
+                f"stage {self.stage} made {spec} for micro-batch {self._global(m)}, but {self._outgoing} was agreed with "
+                "the first one: every micro-batch must have one shape; drop the last partial batch (drop_last=True) or pad"
+            )
+
+    def _send_activation(self, m: int) -> None:  # (3)
+        outbox, payload = self.neighbours.activations_out, self._to_send
+        assert outbox is not None
+        assert payload is not None
+        outbox.send(self._message(m), payload if isinstance(payload, tuple) else (payload,))
+        self._to_send = None
+
+    def _recv_grad(self, m: int) -> None:  # (4)
+        inbox, below = self.neighbours.gradients_in, self.stage + 1
+        assert inbox is not None
+        assert self._outgoing is not None
+        specs = (*self._outgoing.gradients(), self._report_spec)
+        *self._gradients, report = inbox.take(self._message(m), specs, self._message_limit(self.schedule.lag(below)))
+        if self._ends_batch(m):
+            self._report = report
+        # A gradient of m proves that the stage below has read the activation of m, and the calls before.
+        assert self.neighbours.activations_out is not None
+        assert self.neighbours.control_out is not None
+        self.neighbours.activations_out.retire(self._message(m))
+        self.neighbours.control_out.retire(self._message(m))
+
+    def _backward(self, m: int) -> None:  # (5)
+        self.ring.bind_for_backward(self._global(m))
+        self.ring.check(self._global(m))
+        self._work.run_backward(self._buffer(m), self._gradients)
+        self._gradients = None
+        self.ring.release(self._global(m))
+        if self._ends_batch(m):
+            self._report = self._work.make_report(self._report)
+
+    def _send_grad(self, m: int) -> None:  # (6)
+        outbox = self.neighbours.gradients_out
+        assert outbox is not None
+        report = self._report if self._ends_batch(m) else None
+        tail = self._no_report if report is None else report
+        outbox.send(self._message(m), [*self._work.input_gradients(self._buffer(m)), tail])
+
+    def _update(self, update: int) -> None:  # (7)
+        self._work.run_update()
+        self._report = None

@@ -1,0 +1,167 @@
+"""What each rank did when: the events of the actions, the measured bubble, and the files they are written to.
+
+Recording an event costs about a microsecond and a fixed amount of memory: the newest events are kept, older
+ones overwritten, in memory as in the file. Times are host times, so on an accelerator that runs ahead of the
+host they show when work was issued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from noflush.schedule import COMPUTE, Op
+
+_OPS = tuple(Op)
+_CODE = {op: code for code, op in enumerate(_OPS)}
+_NAMES = {
+    Op.FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.UPDATE: "update",
+    Op.SEND_ACTIVATION: "send activation",
+    Op.RECV_ACTIVATION: "wait for activation",
+    Op.SEND_GRAD: "send gradient",
+    Op.RECV_GRAD: "wait for gradient",
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One action of one stage: its op, micro-batch (or update) number, start and end in seconds."""
+
+    stage: int
+    op: Op
+    index: int
+    start: float
+    end: float
+
+
+class Recorder:
+    """Events of one rank, the newest ``capacity`` of them, and running sums for the bubble.
+
+    Args:
+        stage: this rank's pipeline stage.
+        rank: global rank, names the file.
+        folder: where `write` puts ``rank<k>.json``; None writes nothing.
+        capacity: events kept.
+    """
+
+    def __init__(self, stage: int, rank: int, folder: str | None = None, capacity: int = 20_000) -> None:
+        self.stage = stage
+        self._path = Path(folder) / f"rank{rank}.json" if folder else None
+        self._rank = rank
+        self._events = np.zeros((capacity, 4), dtype=np.int64)
+        self._count = 0
+        self._busy_ns = [0] * len(_OPS)
+        self._times = [0] * len(_OPS)
+        self._spent_ns = 0
+        # Same-host ranks share the monotonic clock; across hosts the wall clock lines them up.
+        self._epoch_ns = time.time_ns() - time.perf_counter_ns()
+
+    def add(self, op: Op, index: int, start_ns: int, end_ns: int) -> None:
+        """Records an action that ran from ``start_ns`` to ``end_ns`` (`time.perf_counter_ns`)."""
+        code = _CODE[op]
+        self._events[self._count % len(self._events)] = (code, index, start_ns, end_ns)
+        self._count += 1
+        self._busy_ns[code] += end_ns - start_ns
+        self._times[code] += 1
+
+    def add_call(self, spent_ns: int) -> None:
+        """Adds the time of one whole `train_batch` call, against which the bubble is measured."""
+        self._spent_ns += spent_ns
+
+    def take_interval(self) -> dict[str, float]:
+        """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""
+        busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
+        summary = {
+            "seconds": self._spent_ns / 1e9,
+            "bubble": 1.0 - busy / self._spent_ns if self._spent_ns else float("nan"),
+        }
+        for op, ns, times in zip(_OPS, self._busy_ns, self._times, strict=True):
+            if times:
+                summary[_NAMES[op]] = ns / times / 1e6
+        self._busy_ns = [0] * len(_OPS)
+        self._times = [0] * len(_OPS)
+        self._spent_ns = 0
+        return summary
+
+    def events(self) -> list[Event]:
+        """The kept events, oldest first; seconds since the Unix epoch."""
+        size = len(self._events)
+        kept = self._events[: self._count] if self._count <= size else np.roll(self._events, -(self._count % size), 0)
+        return [
+            Event(self.stage, _OPS[code], int(index), (start + self._epoch_ns) / 1e9, (end + self._epoch_ns) / 1e9)
+            for code, index, start, end in kept.tolist()
+        ]
+
+    def write(self) -> None:
+        """Writes (over) this rank's file; it is never seen half-written."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [[e.op.value, e.index, e.start, e.end] for e in self.events()]
+        scratch = self._path.with_suffix(".partial")
+        scratch.write_text(json.dumps({"rank": self._rank, "stage": self.stage, "events": rows}))
+        os.replace(scratch, self._path)
+
+
+def read(folder: str | Path) -> list[Event]:
+    """The events of every ``rank<k>.json`` in ``folder``, by start time.
+
+    Raises ValueError if there is none or one cannot be read.
+    """
+    files = sorted(Path(folder).glob("rank*.json"))
+    if not files:
+        raise ValueError(f"no rank*.json in {folder}: set async_pipeline.trace_dir and train, then point here")
+    events = []
+    for file in files:
+        try:
+            data = json.loads(file.read_text())
+            events += [Event(data["stage"], Op(op), int(i), start, end) for op, i, start, end in data["events"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a noflush trace ({error}); remove it or trace again") from error
+    return sorted(events, key=lambda event: event.start)
+
+
+def to_chrome(events: Iterable[Event]) -> dict[str, Any]:
+    """The events in Chrome's trace format (open in Perfetto or chrome://tracing); a row a stage."""
+    rows: list[dict[str, Any]] = []
+    stages = set()
+    for e in events:
+        stages.add(e.stage)
+        rows.append(
+            {
+                "name": f"{e.op.value}{e.index}",
+                "cat": _NAMES[e.op],
+                "ph": "X",
+                "ts": e.start * 1e6,
+                "dur": (e.end - e.start) * 1e6,
+                "pid": 0,
+                "tid": e.stage,
+            }
+        )
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": s, "args": {"name": f"stage {s}"}} for s in sorted(stages)
+    ]
+    return {"traceEvents": names + rows, "displayTimeUnit": "ms"}
+
+
+def bubble(events: Iterable[Event]) -> dict[int, float]:
+    """Share of each stage's time without compute, between the pipeline's first and last kept event."""
+    events = list(events)
+    stages = sorted({e.stage for e in events})
+    # Every stage keeps as many events, not as much time: compare them where all have some.
+    start = max(min(e.start for e in events if e.stage == s) for s in stages)
+    end = min(max(e.end for e in events if e.stage == s) for s in stages)
+    busy = dict.fromkeys(stages, 0.0)
+    for e in events:
+        if e.op in COMPUTE:
+            busy[e.stage] += max(0.0, min(e.end, end) - max(e.start, start))
+    return {s: 1.0 - busy[s] / (end - start) if end > start else float("nan") for s in stages}

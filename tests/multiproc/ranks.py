@@ -1,0 +1,84 @@
+"""Runs a function on several gloo ranks with a hard time limit: a deadlock is a failure, not a hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+# The server imports torch and DeepSpeed once; ranks are forked from it before any thread or group exists.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "deepspeed", "noflush.engine", "noflush.simulate", "tests.multiproc.ranks"])
+
+
+class RankError(AssertionError):
+    """A rank failed or did not end in time; carries every rank's traceback."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _main(function, rank, world, port, folder, kwargs):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import deepspeed
+    import torch
+
+    import noflush
+    from noflush.patches.deepspeed import skip_shared_memory_build
+
+    noflush.register()
+    skip_shared_memory_build()
+    torch.set_num_threads(1)
+    out = Path(folder) / str(rank)
+    try:
+        deepspeed.init_distributed("gloo")
+        result = function(rank, **kwargs)
+        out.write_bytes(pickle.dumps(("ok", result)))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException as error:
+        if not out.exists():
+            out.write_bytes(pickle.dumps(("error", type(error).__name__, str(error), traceback.format_exc())))
+        os._exit(1)
+
+
+def run_ranks(function, world, timeout=120, expect_errors=False, **kwargs):
+    """``[function(rank, **kwargs) for rank in ...]`` on ``world`` ranks.
+
+    With ``expect_errors``, a failed rank's entry is ``(type name, message)``.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _context.Process(target=_main, args=(function, rank, world, port, folder, kwargs)) for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in ranks:
+            process.join(max(0.1, deadline - time.monotonic()))
+        late = [i for i, process in enumerate(ranks) if process.is_alive()]
+        for process in ranks:
+            process.kill()
+            process.join()
+        results = []
+        for rank in range(world):
+            out = Path(folder) / str(rank)
+            results.append(pickle.loads(out.read_bytes()) if out.exists() else ("missing",))
+        if late:
+            raise RankError(f"ranks {late} of {world} did not end within {timeout} s; results: {results}")
+        failed = [r for r in results if r[0] != "ok"]
+        if failed and not expect_errors:
+            raise RankError("\n".join(r[-1] if r[0] == "error" else "rank died" for r in failed))
+        return [r[1] if r[0] == "ok" else tuple(r[1:3]) for r in results]
