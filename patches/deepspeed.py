@@ -7,10 +7,8 @@ isinstance and issubclass as the class it stands for, because scripts (Megatron-
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
-
-import deepspeed
-from deepspeed.runtime.pipe import engine as pipe_engine
 
 from noflush.config import OLDEST_DEEPSPEED, RunFacts, check_config, check_run
 
@@ -55,6 +53,8 @@ def patch() -> None:
     if is_patched():
         return
     check_host()
+    import deepspeed
+
     original = deepspeed.PipelineEngine
     stand_in = _StandInType("PipelineEngine", (), {"__wrapped__": original, "__doc__": original.__doc__})
     deepspeed.PipelineEngine = stand_in
@@ -64,16 +64,22 @@ def patch() -> None:
 def unpatch() -> None:
     """Puts DeepSpeed's own class back."""
     if is_patched():
+        import deepspeed
+
         deepspeed.PipelineEngine = deepspeed.PipelineEngine.__wrapped__
 
 
 def is_patched() -> bool:
     """True while the stand-in is in place."""
-    return type(deepspeed.PipelineEngine) is _StandInType
+    host = sys.modules.get("deepspeed")
+    return type(getattr(host, "PipelineEngine", None)) is _StandInType
 
 
 def missing_seams() -> list[str]:
     """Symbols that noflush builds on and this DeepSpeed lacks; empty when all is well."""
+    import deepspeed
+    from deepspeed.runtime.pipe import engine as pipe_engine
+
     version = tuple(int(p) for p in deepspeed.__version__.split("+")[0].split(".")[:3] if p.isdigit())
     missing = []
     if version < OLDEST_DEEPSPEED:
@@ -92,6 +98,8 @@ def check_host() -> None:
     """Raises HostChangedError with the version found, the versions tested and what is missing."""
     missing = missing_seams()
     if missing:
+        import deepspeed
+
         raise HostChangedError(
             f"noflush cannot register with DeepSpeed {deepspeed.__version__} (tested: {', '.join(TESTED)}): "
             f"missing {'; '.join(missing)}. Install a tested version: pip install deepspeed=={TESTED[-1]}"
@@ -111,6 +119,8 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
 
 def facts_of(model: Any, client_optimizer: Any = None) -> RunFacts:
     """What a DeepSpeed ``PipelineModule`` says about the run it belongs to."""
+    import deepspeed
+
     return RunFacts(
         stages=model.num_stages,
         layers=len(model._layer_specs),
@@ -123,7 +133,9 @@ def facts_of(model: Any, client_optimizer: Any = None) -> RunFacts:
 
 
 def _tied_keys(model: Any) -> list[str]:
-    keys = {spec.key for spec in model._layer_specs if isinstance(spec, deepspeed.pipe.TiedLayerSpec)}
+    from deepspeed.pipe import TiedLayerSpec
+
+    keys = {spec.key for spec in model._layer_specs if isinstance(spec, TiedLayerSpec)}
     return sorted(keys)
 
 
@@ -133,4 +145,6 @@ def skip_shared_memory_build() -> None:
     It serves `inference_all_reduce` alone, which training never calls; its build takes a minute or more
     and fails without a C++ compiler.
     """
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,188 @@
+"""The demo: trains one GPT twice through DeepSpeed's launcher, with the flush and without, and compares.
+
+    python examples/compare.py [--text FILE] [--out runs/demo]
+
+Both runs have the same model, data, batch size, optimizer and tokens; each has the learning rate that was best
+for it (tests/bench/results/demo_lr.jsonl). Writes summary.json, loss.png and timeline.png.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from noflush import trace
+from noflush.schedule import Op, Schedule
+from noflush.timeline import draw_timeline
+from noflush.timing import Cost, play
+
+HERE = Path(__file__).parent
+STAGES = 4
+LEARNING_RATES = {"flush": 2e-3, "no_flush": 2e-3}
+SCHEDULES = {"flush": "1f1b_flush", "no_flush": "1f1b_no_flush"}
+TITLES = {"flush": "with the flush", "no_flush": "no flush"}
+console = Console(highlight=False)
+
+
+def train(name, args, out):
+    """One run in its own processes; returns its loss curve and its trace's events."""
+    shutil.rmtree(out / name, ignore_errors=True)
+    (out / name).mkdir(parents=True)
+    config = json.loads((HERE / "ds_config.json").read_text())
+    config["optimizer"]["params"]["lr"] = args.lr or LEARNING_RATES[name]
+    config["scheduler"]["params"] |= {"total_num_steps": args.steps, "warmup_num_steps": max(1, args.steps // 20)}
+    config["async_pipeline"] |= {"schedule": SCHEDULES[name], "trace_dir": str(out / name / "trace")}
+    (out / name / "ds_config.json").write_text(json.dumps(config, indent=2))
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(STAGES), "--master_port", str(args.port)),
+        *("--module", "noflush.run", str(HERE / "train_gpt.py"), "--stages", str(STAGES), "--steps", str(args.steps)),
+        *("--deepspeed_config", str(out / name / "ds_config.json"), "--out", str(out / name / "curve.json")),
+        *("--eval-every", str(max(1, args.steps // 10)), "--seed", str(args.seed)),
+        *(["--text", args.text] if args.text else []),
+    ]
+    follow(command, out / name / "log.txt", TITLES[name], args.steps)
+    return json.loads((out / name / "curve.json").read_text()), trace.read(out / name / "trace")
+
+
+def follow(command, log, title, steps):
+    """Runs the command with its output in ``log`` and its progress on the screen; stops here if it fails."""
+    columns = (TextColumn("{task.description:>15}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    with open(log, "w") as file, Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=steps, note="starting 4 processes ...")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            file.write(line)
+            found = re.search(r"step (\d+)/\d+ (.*)", line)
+            if found:
+                progress.update(task, completed=int(found[1]), note=found[2])
+        code = process.wait()
+    if code:
+        console.print("".join(Path(log).read_text().splitlines(keepends=True)[-30:]))
+        sys.exit(f"training {title} failed with exit status {code}; its whole log: {log}")
+
+
+def at_time(curve, seconds):
+    """Validation loss of a curve at a time, interpolated between its evaluations."""
+    before = [p for p in curve if p["seconds"] <= seconds]
+    after = [p for p in curve if p["seconds"] > seconds]
+    if not before or not after:
+        return (before or after)[-1 if before else 0]["val_loss"]
+    a, b = before[-1], after[0]
+    share = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
+    return a["val_loss"] + share * (b["val_loss"] - a["val_loss"])
+
+
+def costs_of(events):
+    """What a micro-batch costs each stage, from a trace: medians, so that a stolen core does not count."""
+    costs = []
+    for stage in range(STAGES):
+        median = {
+            op: statistics.median([e.end - e.start for e in events if e.stage == stage and e.op is op])
+            for op in (Op.FORWARD, Op.BACKWARD, Op.UPDATE)
+        }
+        costs.append(Cost(median[Op.FORWARD], median[Op.BACKWARD], median[Op.UPDATE]))
+    return costs
+
+
+def summarise(curves, events):
+    """All the numbers of the comparison."""
+    equal_time = min(curve[-1]["seconds"] for curve in curves.values())
+    # With the flush at most two stages compute at once, so its times are those of a core of one's own.
+    costs = costs_of(events["flush"])
+    summary = {}
+    for name, curve in curves.items():
+        schedule = Schedule(STAGES, 1, SCHEDULES[name])
+        alone = play(schedule, costs)
+        tokens = curve[-1]["tokens"]
+        summary[name] = {
+            "tokens_per_s": tokens / curve[-1]["seconds"],
+            "bubble": statistics.mean(trace.bubble(events[name]).values()),
+            "val_loss": curve[-1]["val_loss"],
+            "val_loss_equal_time": at_time(curve, equal_time),
+            "delay": [schedule.max_delay(s) for s in range(STAGES)],
+            "seconds": curve[-1]["seconds"],
+            "tokens": tokens,
+            "predicted_core_a_stage": {
+                "tokens_per_s": tokens / curve[-1]["step"] / alone.seconds_per_call,
+                "bubble": 1 - statistics.mean(alone.utilisation),
+            },
+        }
+    summary["equal_time_s"] = equal_time
+    return summary
+
+
+def print_table(summary):
+    """The one table of the demo, and what this machine's cores have to do with it."""
+    table = Table(title=f"GPT, {STAGES} stages, K = 1, equal tokens")
+    table.add_column("")
+    for name in ("flush", "no_flush"):
+        table.add_column(TITLES[name], justify="right")
+    pair = [summary["flush"], summary["no_flush"]]
+    rows = {
+        "tokens/s": [f"{r['tokens_per_s']:,.0f}" for r in pair],
+        "bubble measured": [f"{r['bubble']:.1%}" for r in pair],
+        "validation loss, equal tokens (nats)": [f"{r['val_loss']:.4f}" for r in pair],
+        f"validation loss, equal time ({summary['equal_time_s']:.0f} s)": [f"{r['val_loss_equal_time']:.4f}" for r in pair],
+        "delay by stage (updates)": [" ".join(map(str, r["delay"])) for r in pair],
+        "predicted with a core a stage: tokens/s": [f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in pair],
+        "predicted with a core a stage: bubble": [f"{r['predicted_core_a_stage']['bubble']:.1%}" for r in pair],
+    }
+    for label, cells in rows.items():
+        table.add_row(label, *cells)
+    console.print(table)
+    ratio = pair[1]["tokens_per_s"] / pair[0]["tokens_per_s"]
+    alone = [r["predicted_core_a_stage"]["tokens_per_s"] for r in pair]
+    console.print(
+        f"Without the flush this machine trained {ratio:.2f} times as fast. Where there are fewer cores than stages "
+        f"the cores, not the schedule, set the pace; with a core a stage the same compute times give {alone[1] / alone[0]:.2f} "
+        "times (played through the schedule, links taken as free)."
+    )
+
+
+def draw_loss(curves, path):
+    """Validation loss against tokens and against time."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("tokens", "seconds"), ("tokens", "training time (s)"), strict=True):
+        for name, curve in curves.items():
+            colour = {"flush": "#9c755f", "no_flush": "#4c78a8"}[name]
+            axes.plot([p[key] for p in curve], [p["val_loss"] for p in curve], "o-", ms=3, color=colour, label=TITLES[name])
+        axes.set_xlabel(label)
+        axes.set_ylabel("validation loss (nats)")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--text", help="your own text file (default: the source of Python's standard library)")
+    p.add_argument("--out", default="runs/demo")
+    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--lr", type=float, help="one learning rate for both runs")
+    p.add_argument("--port", type=int, default=29541, help="for the processes of a run to meet at")
+    args = p.parse_args()
+    out = Path(args.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    curves, events = {}, {}
+    for name in ("flush", "no_flush"):
+        curves[name], events[name] = train(name, args, out)
+    summary = summarise(curves, events)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2))
+    draw_loss(curves, out / "loss.png")
+    draw_timeline([(TITLES[name], events[name]) for name in ("flush", "no_flush")], str(out / "timeline.png"))
+    print_table(summary)
+    console.print(f"numbers: {out / 'summary.json'}\nplots: {out / 'loss.png'}, {out / 'timeline.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""``python -m noflush plan | simulate | trace | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from noflush.commands import doctor, plan, simulate, trace
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; a fault of the user's is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="noflush", description="Pipeline training without the flush.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (plan, simulate, trace, doctor):
+        module.add(commands)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ValueError as error:
+        print(f"noflush {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

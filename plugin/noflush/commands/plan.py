@@ -1,0 +1,101 @@
+"""``noflush plan``: delay, weight versions, memory and predicted utilisation by stage, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from noflush.plan import Plan, best_extra_in_flight, human_bytes, make_plan
+from noflush.schedule import Schedule
+from noflush.timing import Cost
+
+
+def add(commands: Any) -> None:
+    """Declares the subcommand."""
+    p = commands.add_parser("plan", help="delay, weight versions, memory and utilisation by stage")
+    p.add_argument("--stages", type=int, required=True, help="pipeline stages P")
+    p.add_argument("--gas", type=int, default=1, help="gradient_accumulation_steps K (default: %(default)s)")
+    p.add_argument("--weights", choices=("stash", "latest", "2bw"), default="stash")
+    p.add_argument("--extra-in-flight", type=int, default=0, help="micro-batches in flight beyond one a stage")
+    p.add_argument("--forward-ms", type=float, default=1.0, help="forward of a micro-batch at a stage")
+    p.add_argument("--backward-ms", type=float, help="its backward (default: twice the forward)")
+    p.add_argument("--link-latency-ms", type=float, default=0.0, help="one way, between neighbours")
+    memory = p.add_argument_group("memory (either the parameters of each stage, or a GPT's sizes)")
+    memory.add_argument("--parameters", help="trainable parameters: one count a stage, separated by commas, or a total")
+    memory.add_argument("--num-layers", type=int, help="transformer layers, a multiple of the stages")
+    memory.add_argument("--hidden-size", type=int)
+    memory.add_argument("--vocab-size", type=int, default=50304, help="default: %(default)s")
+    memory.add_argument("--seq-length", type=int, default=1024, help="default: %(default)s")
+    memory.add_argument("--bytes-per-parameter", type=int, default=4, help="of a stashed weight (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan. Raises ValueError for sizes that do not fit each other."""
+    schedule = Schedule(args.stages, args.gas, weights=args.weights, extra_in_flight=args.extra_in_flight)
+    backward = 2 * args.forward_ms if args.backward_ms is None else args.backward_ms
+    if args.forward_ms <= 0 or backward <= 0 or args.link_latency_ms < 0:
+        raise ValueError(
+            f"--forward-ms {args.forward_ms}, --backward-ms {backward}, --link-latency-ms {args.link_latency_ms}: "
+            "compute must take more than 0 ms and the link 0 or more"
+        )
+    cost = Cost(args.forward_ms / 1e3, backward / 1e3)
+    latency = args.link_latency_ms / 1e3
+    plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency)
+    if args.json:
+        print(json.dumps(plan.to_json(), indent=2))  # noqa: T201
+        return 0
+    _print(plan, latency, cost)
+    return 0
+
+
+def _parameters(args: argparse.Namespace) -> list[int] | None:
+    if args.parameters:
+        try:
+            counts = [int(float(word)) for word in args.parameters.split(",")]
+        except ValueError:
+            raise ValueError(f"--parameters {args.parameters}: give numbers separated by commas, such as 25e6,25e6") from None
+        return counts if len(counts) > 1 or args.stages == 1 else [counts[0] // args.stages] * args.stages
+    if args.num_layers is None and args.hidden_size is None:
+        return None
+    if not args.num_layers or not args.hidden_size:
+        raise ValueError("--num-layers and --hidden-size belong together: give both, or --parameters")
+    if args.num_layers % args.stages:
+        raise ValueError(f"--num-layers {args.num_layers} does not divide into {args.stages} stages; use a multiple")
+    h = args.hidden_size
+    counts = [args.num_layers // args.stages * (12 * h * h + 13 * h)] * args.stages
+    counts[0] += (args.vocab_size + args.seq_length) * h
+    counts[-1] += args.vocab_size * h + 2 * h
+    return counts
+
+
+def _print(plan: Plan, latency: float, cost: Cost) -> None:
+    schedule, console = plan.schedule, Console()
+    table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, weights {schedule.weights}")
+    columns = ["stage", "delay", "mean", "versions", "in flight", "loss lag"]
+    with_memory = plan.stages[0].parameters is not None
+    for column in columns + (["weights", "stash"] if with_memory else []):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in plan.stages:
+        cells = [row.stage, row.delay, f"{row.mean_delay:g}", row.versions, row.in_flight, row.loss_lag]
+        if row.parameters is not None and row.stash_bytes is not None:
+            cells += [f"{row.parameters / 1e6:.2f} M", human_bytes(row.stash_bytes)]
+        table.add_row(*map(str, cells))
+    console.print(table)
+    console.print(
+        "delay: in updates, largest and mean; versions: of the weights, alive at once; in flight: micro-batches; "
+        "loss lag: calls until the stage learns a loss"
+    )
+    console.print(
+        f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it: "
+        f"{plan.no_flush / plan.flush:.2f} times the throughput"
+    )
+    if latency and plan.no_flush < 0.99:
+        extra = best_extra_in_flight(schedule.stages, schedule.gas, cost, latency)
+        if extra > schedule.extra_in_flight:
+            console.print(f"the link costs {1 - plan.no_flush:.1%}; --extra-in-flight {extra} would hide it, at more delay")
