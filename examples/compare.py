@@ -34,7 +34,7 @@ console = Console(highlight=False)
 
 
 def train(name, args, out):
-    """One run in its own processes; returns its loss curve and its trace's events."""
+    """One run in its own processes; returns its loss curve and its trace."""
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
     config = json.loads((HERE / "ds_config.json").read_text())
@@ -43,7 +43,15 @@ def train(name, args, out):
     config["async_pipeline"] |= {"schedule": SCHEDULES[name], "trace_dir": str(out / name / "trace")}
     (out / name / "ds_config.json").write_text(json.dumps(config, indent=2))
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(STAGES), "--master_port", str(args.port)),
+        *(
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            str(STAGES),
+            "--master_port",
+            str(args.port),
+        ),
         *("--module", "noflush.run", str(HERE / "train_gpt.py"), "--stages", str(STAGES), "--steps", str(args.steps)),
         *("--deepspeed_config", str(out / name / "ds_config.json"), "--out", str(out / name / "curve.json")),
         *("--eval-every", str(max(1, args.steps // 10)), "--seed", str(args.seed)),
@@ -55,7 +63,12 @@ def train(name, args, out):
 
 def follow(command, log, title, steps):
     """Runs the command with its output in ``log`` and its progress on the screen; stops here if it fails."""
-    columns = (TextColumn("{task.description:>15}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description:>15}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with open(log, "w") as file, Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, note="starting 4 processes ...")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -93,11 +106,11 @@ def costs_of(events):
     return costs
 
 
-def summarise(curves, events):
+def summarise(curves, traces):
     """All the numbers of the comparison."""
     equal_time = min(curve[-1]["seconds"] for curve in curves.values())
     # With the flush at most two stages compute at once, so its times are those of a core of one's own.
-    costs = costs_of(events["flush"])
+    costs = costs_of(traces["flush"].events)
     summary = {}
     for name, curve in curves.items():
         schedule = Schedule(STAGES, 1, SCHEDULES[name])
@@ -105,7 +118,7 @@ def summarise(curves, events):
         tokens = curve[-1]["tokens"]
         summary[name] = {
             "tokens_per_s": tokens / curve[-1]["seconds"],
-            "bubble": statistics.mean(trace.bubble(events[name]).values()),
+            "bubble": statistics.mean(trace.bubble(traces[name]).values()),
             "val_loss": curve[-1]["val_loss"],
             "val_loss_equal_time": at_time(curve, equal_time),
             "delay": [schedule.max_delay(s) for s in range(STAGES)],
@@ -131,9 +144,13 @@ def print_table(summary):
         "tokens/s": [f"{r['tokens_per_s']:,.0f}" for r in pair],
         "bubble measured": [f"{r['bubble']:.1%}" for r in pair],
         "validation loss, equal tokens (nats)": [f"{r['val_loss']:.4f}" for r in pair],
-        f"validation loss, equal time ({summary['equal_time_s']:.0f} s)": [f"{r['val_loss_equal_time']:.4f}" for r in pair],
+        f"validation loss, equal time ({summary['equal_time_s']:.0f} s)": [
+            f"{r['val_loss_equal_time']:.4f}" for r in pair
+        ],
         "delay by stage (updates)": [" ".join(map(str, r["delay"])) for r in pair],
-        "predicted with a core a stage: tokens/s": [f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in pair],
+        "predicted with a core a stage: tokens/s": [
+            f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in pair
+        ],
         "predicted with a core a stage: bubble": [f"{r['predicted_core_a_stage']['bubble']:.1%}" for r in pair],
     }
     for label, cells in rows.items():
@@ -151,10 +168,14 @@ def print_table(summary):
 def draw_loss(curves, path):
     """Validation loss against tokens and against time."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 2), ("tokens", "seconds"), ("tokens", "training time (s)"), strict=True):
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("tokens", "seconds"), ("tokens", "training time (s)"), strict=True
+    ):
         for name, curve in curves.items():
             colour = {"flush": "#9c755f", "no_flush": "#4c78a8"}[name]
-            axes.plot([p[key] for p in curve], [p["val_loss"] for p in curve], "o-", ms=3, color=colour, label=TITLES[name])
+            axes.plot(
+                [p[key] for p in curve], [p["val_loss"] for p in curve], "o-", ms=3, color=colour, label=TITLES[name]
+            )
         axes.set_xlabel(label)
         axes.set_ylabel("validation loss (nats)")
         axes.spines[["top", "right"]].set_visible(False)
@@ -173,13 +194,13 @@ def main():
     args = p.parse_args()
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    curves, events = {}, {}
+    curves, traces = {}, {}
     for name in ("flush", "no_flush"):
-        curves[name], events[name] = train(name, args, out)
-    summary = summarise(curves, events)
+        curves[name], traces[name] = train(name, args, out)
+    summary = summarise(curves, traces)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     draw_loss(curves, out / "loss.png")
-    draw_timeline([(TITLES[name], events[name]) for name in ("flush", "no_flush")], str(out / "timeline.png"))
+    draw_timeline([(TITLES[name], traces[name].events) for name in ("flush", "no_flush")], str(out / "timeline.png"))
     print_table(summary)
     console.print(f"numbers: {out / 'summary.json'}\nplots: {out / 'loss.png'}, {out / 'timeline.png'}")
 

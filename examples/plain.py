@@ -1,7 +1,7 @@
 """A small DeepSpeed pipeline run. The only thing noflush changes is the "async_pipeline" block of the config.
 
-    deepspeed --num_gpus 2 --module noflush.run examples/plain.py       # without the flush
-    deepspeed --num_gpus 2 examples/plain.py --flush                    # the same script in stock DeepSpeed
+deepspeed --num_gpus 2 --module noflush.run examples/plain.py       # without the flush
+deepspeed --num_gpus 2 examples/plain.py --flush                    # the same script in stock DeepSpeed
 """
 
 import sys

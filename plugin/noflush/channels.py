@@ -298,7 +298,9 @@ def connect(
                 neighbours.gradients_in = Inbox(Peer(up, pair[1], s + 1, s, timeout_s), "gradient", ahead[s], device)
                 neighbours.control_out = ControlOut(Peer(control, pair[1], s + 1, s, timeout_s))
             elif rank == pair[1]:
-                neighbours.activations_in = Inbox(Peer(down, pair[0], s, s + 1, timeout_s), "activation", ahead[s], device)
+                neighbours.activations_in = Inbox(
+                    Peer(down, pair[0], s, s + 1, timeout_s), "activation", ahead[s], device
+                )
                 neighbours.gradients_out = Outbox(Peer(up, pair[0], s, s + 1, timeout_s), "gradient")
                 neighbours.control_in = ControlIn(Peer(control, pair[0], s, s + 1, timeout_s))
     return neighbours

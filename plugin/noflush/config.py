@@ -101,7 +101,7 @@ def check_config(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
     faults: list[str] = []
     config = _parse(ds_config, faults)
     if BLOCK not in ds_config or (config is not None and not config.enabled):
-        faults += _faults_when_disabled(ds_config)
+        faults = faults or _faults_when_disabled(ds_config)
         config = None
     else:
         faults += _faults_of_host_config(ds_config)
@@ -118,7 +118,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     faults += _faults_of_facts(facts)
     if not facts.client_optimizer and not _at(ds_config, "optimizer", "type"):
         faults.append(
-            "no optimizer: noflush updates the weights itself; add an \"optimizer\" section or pass optimizer= "
+            'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
             "to deepspeed.initialize"
         )
     schedule = None
@@ -148,7 +148,7 @@ def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConf
             faults.append(f"{near[0]!r} is not a key of DeepSpeed or noflush: did you mean {BLOCK!r}?")
         return None
     if not isinstance(block, Mapping):
-        faults.append(f"{BLOCK} is {block!r}: it must be a JSON object such as {{\"enabled\": true}}")
+        faults.append(f'{BLOCK} is {block!r}: it must be a JSON object such as {{"enabled": true}}')
         return None
     try:
         config = AsyncPipelineConfig(**{str(key): value for key, value in block.items()})
@@ -198,7 +198,7 @@ def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
     if name in OUR_OPTIMIZERS:
         return [
             f"optimizer type {name!r} is noflush's, but {BLOCK} is not enabled: set {BLOCK}.enabled to true "
-            "(with \"schedule\": \"1f1b_flush\" for the synchronous twin), or choose one of DeepSpeed's optimizers"
+            '(with "schedule": "1f1b_flush" for the synchronous twin), or choose one of DeepSpeed\'s optimizers'
         ]
     return []
 

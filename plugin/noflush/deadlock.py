@@ -21,8 +21,11 @@ class ScheduleError(ValueError):
 
 
 def program(schedule: Schedule) -> list[list[list[Action]]]:
-    """Warm-up, a steady call and the drain of ``schedule``, with communication, for every stage."""
-    calls = ceil_div(schedule.lag(0), schedule.gas) + 2
+    """Warm-up, steady calls and the drain of ``schedule``, with communication, for every stage.
+
+    Long enough that stage 0 holds as many weight versions as it ever will.
+    """
+    calls = 2 * ceil_div(schedule.lag(0), schedule.gas) + 2
     stages = range(schedule.stages)
     body = [[schedule.call(s, t) for s in stages] for t in range(calls)]
     body.append([schedule.drain(s, calls) for s in stages])
@@ -161,5 +164,6 @@ def draw(order: Program, call: int | None = None, stage: int | None = None, posi
     cells = [[cell(t, s) for t in range(len(order))] for s in range(len(order[0]))]
     width = [max(len(row[t]) for row in cells) for t in range(len(order))]
     return "\n".join(
-        f"stage {s:<3}| " + " | ".join(text.ljust(width[t]) for t, text in enumerate(row)) for s, row in enumerate(cells)
+        f"stage {s:<3}| " + " | ".join(text.ljust(width[t]) for t, text in enumerate(row))
+        for s, row in enumerate(cells)
     )

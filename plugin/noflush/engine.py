@@ -166,7 +166,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.global_steps += 1
         self.global_samples += self._nf_samples_per_call
         self._step_applied = self._nf_updated
-        self._nf_recorder.add_call(time.perf_counter_ns() - start)
+        self._nf_recorder.add_call(start, time.perf_counter_ns())
         self._nf_after_call(news=self._nf_reported != known)
         return self.agg_train_loss.clone()
 

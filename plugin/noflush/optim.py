@@ -127,7 +127,12 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
                 ("eps", eps, eps >= 0, "0 or more"),
                 ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
                 ("momentum_decay", momentum_decay, momentum_decay >= 0, "0 or more"),
-                ("momentum_schedule", momentum_schedule, momentum_schedule in ("nadam", "constant"), "nadam or constant"),
+                (
+                    "momentum_schedule",
+                    momentum_schedule,
+                    momentum_schedule in ("nadam", "constant"),
+                    "nadam or constant",
+                ),
                 ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
                 ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]
@@ -232,7 +237,12 @@ class DelayAwareNAG(DelayAwareOptimizer):
                 ("lr", lr, lr >= 0, "0 or more"),
                 ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
                 ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-                ("momentum_schedule", momentum_schedule, momentum_schedule in ("constant", "theorem"), "constant or theorem"),
+                (
+                    "momentum_schedule",
+                    momentum_schedule,
+                    momentum_schedule in ("constant", "theorem"),
+                    "constant or theorem",
+                ),
                 ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
                 ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]

@@ -46,7 +46,9 @@ def main() -> None:
     try:
         script, arguments = split_arguments(sys.argv[1:])
         if not Path(script).is_file():
-            raise ValueError(f"{script} is not a file; usage: deepspeed --num_gpus N --module noflush.run script.py ARGS")
+            raise ValueError(
+                f"{script} is not a file; usage: deepspeed --num_gpus N --module noflush.run script.py ARGS"
+            )
         check_named_config(arguments)
     except (ValueError, ConfigError) as error:
         sys.exit(f"noflush.run: {error}")

@@ -116,7 +116,8 @@ class DelaySimulator:
                     param.grad = grad if param.grad is None else param.grad + grad
                 del leaf
             grads = tuple(
-                torch.zeros_like(t) if g is None else g for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
+                torch.zeros_like(t) if g is None else g
+                for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
         self.micro_batches += 1
         if (m + 1) % self.schedule.gas == 0:

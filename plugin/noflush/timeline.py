@@ -9,7 +9,7 @@ from noflush.trace import Event
 
 _COLOURS = {Op.FORWARD: "#4c78a8", Op.BACKWARD: "#59a14f", Op.UPDATE: "#e15759"}
 _LABELS = {Op.FORWARD: "forward", Op.BACKWARD: "backward", Op.UPDATE: "update"}
-_ACTIONS_DRAWN = 60
+_ACTIONS_DRAWN = 24
 _MOST_NUMBERS = 40
 
 
@@ -54,7 +54,9 @@ def _draw_run(axes, title: str, events: Sequence[Event], window: float) -> None:
     for e in shown:
         if numbered and e.op is not Op.UPDATE and e.end - e.start > window / 60:
             middle = (e.start + e.end) / 2 - start
-            axes.text(middle, e.stage, str(e.index), ha="center", va="center", fontsize=6.5, color="white", clip_on=True)
+            axes.text(
+                middle, e.stage, str(e.index), ha="center", va="center", fontsize=6.5, color="white", clip_on=True
+            )
     axes.set_yticks(stages, [f"stage {s}" for s in stages])
     axes.set_ylim(len(stages) - 0.5, -0.5)
     axes.set_xlim(0, window)

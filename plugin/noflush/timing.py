@@ -31,7 +31,7 @@ class Timing:
 def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Timing:
     """Plays the schedule: a stage computes one thing at a time, a message arrives ``latency`` s after it was sent.
 
-    ``costs`` has one entry a stage. The figures are taken over the last third of a run that is long compared to
+    ``costs`` has one entry a stage. The figures are taken over the last half of a run that is long compared to
     the time the pipeline takes to fill.
     """
     calls = 3 * (ceil_div(schedule.lag(0) + schedule.stages, schedule.gas) + 8)
@@ -70,7 +70,11 @@ def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Tim
                     sent[kind, s, action.index] = clock[s] + latency
                 at[s] += 1
                 moved = True
-    first, last = 2 * min(map(len, ends)) // 3, min(map(len, ends)) - 1
+    made = min(map(len, ends))
+    # Latency makes the beat irregular within one cycle of what is in flight: average over whole cycles.
+    cycle = schedule.in_flight(0)
+    window = made // 2 // cycle * cycle or made // 2
+    first, last = made - 1 - window, made - 1
     period = (ends[0][last] - ends[0][first]) / (last - first)
     shares = tuple((busy[s][last] - busy[s][first]) / (ends[s][last] - ends[s][first]) for s in stages)
     return Timing(period, shares)

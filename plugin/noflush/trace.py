@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,17 @@ class Event:
     end: float
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What was read from a folder: all ranks' events by start time, and each stage's `train_batch` calls.
+
+    ``calls[stage]`` are (start, end) in seconds; time between them is the user's (evaluation, checkpoints).
+    """
+
+    events: list[Event]
+    calls: dict[int, list[tuple[float, float]]]
+
+
 class Recorder:
     """Events of one rank, the newest ``capacity`` of them, and running sums for the bubble.
 
@@ -59,6 +72,7 @@ class Recorder:
         self._rank = rank
         self._events = np.zeros((capacity, 4), dtype=np.int64)
         self._count = 0
+        self._calls: deque[tuple[int, int]] = deque(maxlen=capacity)
         self._busy_ns = [0] * len(_OPS)
         self._times = [0] * len(_OPS)
         self._spent_ns = 0
@@ -73,9 +87,10 @@ class Recorder:
         self._busy_ns[code] += end_ns - start_ns
         self._times[code] += 1
 
-    def add_call(self, spent_ns: int) -> None:
-        """Adds the time of one whole `train_batch` call, against which the bubble is measured."""
-        self._spent_ns += spent_ns
+    def add_call(self, start_ns: int, end_ns: int) -> None:
+        """Records one whole `train_batch` call, against whose time the bubble is measured."""
+        self._calls.append((start_ns, end_ns))
+        self._spent_ns += end_ns - start_ns
 
     def take_interval(self) -> dict[str, float]:
         """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""
@@ -107,27 +122,31 @@ class Recorder:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         rows = [[e.op.value, e.index, e.start, e.end] for e in self.events()]
+        calls = [[(a + self._epoch_ns) / 1e9, (b + self._epoch_ns) / 1e9] for a, b in self._calls]
         scratch = self._path.with_suffix(".partial")
-        scratch.write_text(json.dumps({"rank": self._rank, "stage": self.stage, "events": rows}))
+        scratch.write_text(json.dumps({"rank": self._rank, "stage": self.stage, "events": rows, "calls": calls}))
         os.replace(scratch, self._path)
 
 
-def read(folder: str | Path) -> list[Event]:
-    """The events of every ``rank<k>.json`` in ``folder``, by start time.
+def read(folder: str | Path) -> Trace:
+    """The traces of every ``rank<k>.json`` in ``folder``.
 
     Raises ValueError if there is none or one cannot be read.
     """
     files = sorted(Path(folder).glob("rank*.json"))
     if not files:
         raise ValueError(f"no rank*.json in {folder}: set async_pipeline.trace_dir and train, then point here")
-    events = []
+    events: list[Event] = []
+    calls: dict[int, list[tuple[float, float]]] = {}
     for file in files:
         try:
             data = json.loads(file.read_text())
-            events += [Event(data["stage"], Op(op), int(i), start, end) for op, i, start, end in data["events"]]
+            stage = int(data["stage"])
+            events += [Event(stage, Op(op), int(i), start, end) for op, i, start, end in data["events"]]
+            calls[stage] = [(start, end) for start, end in data["calls"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a noflush trace ({error}); remove it or trace again") from error
-    return sorted(events, key=lambda event: event.start)
+    return Trace(sorted(events, key=lambda event: event.start), calls)
 
 
 def to_chrome(events: Iterable[Event]) -> dict[str, Any]:
@@ -153,15 +172,24 @@ def to_chrome(events: Iterable[Event]) -> dict[str, Any]:
     return {"traceEvents": names + rows, "displayTimeUnit": "ms"}
 
 
-def bubble(events: Iterable[Event]) -> dict[int, float]:
-    """Share of each stage's time without compute, between the pipeline's first and last kept event."""
-    events = list(events)
-    stages = sorted({e.stage for e in events})
+def bubble(trace: Trace) -> dict[int, float]:
+    """By stage, the share of the time inside `train_batch` calls that went without compute.
+
+    Taken where every stage has kept events; a drain's backwards, outside any call, do not count.
+    """
+    stages = sorted(trace.calls)
     # Every stage keeps as many events, not as much time: compare them where all have some.
-    start = max(min(e.start for e in events if e.stage == s) for s in stages)
-    end = min(max(e.end for e in events if e.stage == s) for s in stages)
-    busy = dict.fromkeys(stages, 0.0)
-    for e in events:
-        if e.op in COMPUTE:
-            busy[e.stage] += max(0.0, min(e.end, end) - max(e.start, start))
-    return {s: 1.0 - busy[s] / (end - start) if end > start else float("nan") for s in stages}
+    since = max(min((e.start for e in trace.events if e.stage == s), default=0.0) for s in stages)
+    shares = {}
+    for stage in stages:
+        calls = [(start, end) for start, end in trace.calls[stage] if start >= since]
+        spent = sum(end - start for start, end in calls)
+        starts = [start for start, _ in calls]
+        busy = 0.0
+        for e in trace.events:
+            if e.stage == stage and e.op in COMPUTE:
+                at = bisect_right(starts, e.start) - 1
+                if at >= 0 and e.end <= calls[at][1]:
+                    busy += e.end - e.start
+        shares[stage] = 1.0 - busy / spent if spent else float("nan")
+    return shares

@@ -60,7 +60,7 @@ def main():
     data = text.corpus()
     for lr in args.lr:
         for name in ("1f1b_flush", "1f1b_no_flush"):
-            row = {"schedule": name, "lr": lr, "val_loss": validation_loss(args, name, lr, data)} | vars(args)
+            row = vars(args) | {"schedule": name, "lr": lr, "val_loss": validation_loss(args, name, lr, data)}
             print(json.dumps(row), flush=True)
             if args.record:
                 command = "python tests/bench/demo_lr.py " + " ".join(sys.argv[1:])

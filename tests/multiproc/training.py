@@ -91,7 +91,11 @@ def simulate(stages, gas, calls, make_optimizer, block=None, gpt=None, clip=0.0,
 
     block = block or {}
     schedule = Schedule(
-        stages, gas, block.get("schedule", "1f1b_no_flush"), block.get("weights", "stash"), block.get("extra_in_flight", 0)
+        stages,
+        gas,
+        block.get("schedule", "1f1b_no_flush"),
+        block.get("weights", "stash"),
+        block.get("extra_in_flight", 0),
     )
     parts = split_by_blocks(layers(gpt), stages)
     simulator = DelaySimulator(parts, next_token_loss, make_optimizer, schedule, clip, make_lr)

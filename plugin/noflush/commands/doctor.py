@@ -56,7 +56,9 @@ def _check_host(console: Console) -> bool:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; gloo on CPU"
     console.print(f"  device: {device}")
     missing = seam.missing_seams()
-    console.print(f"seams in DeepSpeed (tested: {', '.join(seam.TESTED)}): " + ("all found" if not missing else "missing"))
+    console.print(
+        f"seams in DeepSpeed (tested: {', '.join(seam.TESTED)}): " + ("all found" if not missing else "missing")
+    )
     for name in missing:
         console.print(f"  - {name}")
     console.print(f"registered: {'yes' if seam.is_patched() else 'no'} (deepspeed.PipelineEngine)")

@@ -59,7 +59,9 @@ def _parameters(args: argparse.Namespace) -> list[int] | None:
         try:
             counts = [int(float(word)) for word in args.parameters.split(",")]
         except ValueError:
-            raise ValueError(f"--parameters {args.parameters}: give numbers separated by commas, such as 25e6,25e6") from None
+            raise ValueError(
+                f"--parameters {args.parameters}: give numbers separated by commas, such as 25e6,25e6"
+            ) from None
         return counts if len(counts) > 1 or args.stages == 1 else [counts[0] // args.stages] * args.stages
     if args.num_layers is None and args.hidden_size is None:
         return None
@@ -98,4 +100,6 @@ def _print(plan: Plan, latency: float, cost: Cost) -> None:
     if latency and plan.no_flush < 0.99:
         extra = best_extra_in_flight(schedule.stages, schedule.gas, cost, latency)
         if extra > schedule.extra_in_flight:
-            console.print(f"the link costs {1 - plan.no_flush:.1%}; --extra-in-flight {extra} would hide it, at more delay")
+            console.print(
+                f"the link costs {1 - plan.no_flush:.1%}; --extra-in-flight {extra} would hide it, at more delay"
+            )

@@ -21,7 +21,9 @@ def add(commands: Any) -> None:
     p.add_argument("--weights", choices=("stash", "latest", "2bw"), default="stash")
     p.add_argument("--extra-in-flight", type=int, default=0)
     p.add_argument("--optimizer", default="DelayAwareNAdamW", help="ours, or any of torch.optim (AdamW is PipeDream)")
-    p.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s, after a warm-up over 5%% of the updates")
+    p.add_argument(
+        "--lr", type=float, default=1e-3, help="default: %(default)s, after a warm-up over 5%% of the updates"
+    )
     p.add_argument("--momentum", type=float, help="beta1 or momentum (default: the optimizer's)")
     p.add_argument("--optimizer-params", default="{}", help="more of its parameters, as JSON")
     p.add_argument("--updates", type=int, default=300, help="optimizer updates (default: %(default)s)")
@@ -46,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--updates {args.updates}, --batch {args.batch}: both must be 1 or more")
     schedules = {
         "flush": Schedule(args.stages, args.gas, "1f1b_flush"),
-        "no flush": Schedule(
-            args.stages, args.gas, weights=args.weights, extra_in_flight=args.extra_in_flight
-        ),
+        "no flush": Schedule(args.stages, args.gas, weights=args.weights, extra_in_flight=args.extra_in_flight),
     }
     training, validation = text.corpus(args.text)
     console, results = Console(), {}

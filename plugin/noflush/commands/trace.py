@@ -19,20 +19,20 @@ def add(commands: Any) -> None:
     p.add_argument("folder", help="what async_pipeline.trace_dir named")
     p.add_argument("--png", help="draw the timeline of the newest events into this file")
     p.add_argument("--chrome", help="write a Chrome trace (for ui.perfetto.dev) into this file")
-    p.add_argument("--window-s", type=float, help="seconds of the timeline to draw (default: some 60 actions a stage)")
+    p.add_argument("--window-s", type=float, help="seconds of the timeline to draw (default: some 24 actions a stage)")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the bubble by stage and writes what was asked for. Raises ValueError for a folder without traces."""
-    events = trace.read(args.folder)
+    found = trace.read(args.folder)
     console = Console()
-    for stage, share in trace.bubble(events).items():
-        console.print(f"stage {stage}: bubble {share:.1%} of the traced time")
+    for stage, share in trace.bubble(found).items():
+        console.print(f"stage {stage}: bubble {share:.1%} of the time in train_batch()")
     if args.chrome:
-        Path(args.chrome).write_text(json.dumps(trace.to_chrome(events)))
+        Path(args.chrome).write_text(json.dumps(trace.to_chrome(found.events)))
         console.print(f"Chrome trace: {args.chrome}")
     if args.png:
-        draw_timeline([("", events)], args.png, args.window_s)
+        draw_timeline([("", found.events)], args.png, args.window_s)
         console.print(f"timeline: {args.png}")
     return 0

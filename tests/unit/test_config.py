@@ -1,0 +1,105 @@
+"""Wrong configurations: each one clear error that states the value, the rule and the fix; faults are listed together."""
+
+from __future__ import annotations
+
+import pytest
+
+from noflush.config import AsyncPipelineConfig, ConfigError, RunFacts, check_config, check_run, parse_block
+
+GOOD = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 1,
+    "optimizer": {"type": "DelayAwareNAdamW", "params": {"lr": 3e-4}},
+    "async_pipeline": {"enabled": True},
+}
+FACTS = RunFacts(stages=4, layers=8)
+
+
+def with_block(**block):
+    return GOOD | {"async_pipeline": block}
+
+
+def test_the_designs_block_is_good():
+    block = {
+        "enabled": True,
+        "schedule": "1f1b_no_flush",
+        "weights": "stash",
+        "extra_in_flight": 0,
+        "clip": "stage",
+        "kernel": "auto",
+        "trace_dir": None,
+    }
+    config, schedule = check_run(GOOD | {"async_pipeline": block}, FACTS)
+    assert config == AsyncPipelineConfig()
+    assert (schedule.stages, schedule.gas, schedule.name) == (4, 1, "1f1b_no_flush")
+
+
+@pytest.mark.parametrize("ds_config", [{}, {"async_pipeline": {"enabled": False}}])
+def test_absent_or_disabled_leaves_deepspeed_alone(ds_config):
+    assert parse_block(ds_config) is None
+    # Nothing of the host's own config is judged then, not even what noflush would refuse.
+    assert check_config(ds_config | {"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}}) is None
+
+
+WRONG = {
+    "unknown key, near a real one": (with_block(wieghts="stash"), FACTS, r"wieghts is not a key: did you mean 'weights'"),
+    "unknown key": (with_block(turbo=True), FACTS, r"turbo is not a key: the keys are enabled, schedule"),
+    "misspelt block": ({**{k: v for k, v in GOOD.items() if k != "async_pipeline"}, "async_pipelin": {}}, None, "did you mean 'async_pipeline'"),
+    "block is no object": (GOOD | {"async_pipeline": True}, FACTS, "async_pipeline is True: it must be a JSON object"),
+    "enabled of the wrong type": (with_block(enabled="yes"), FACTS, "enabled is 'yes': input should be a valid bool"),
+    "unknown schedule": (with_block(schedule="gpipe"), FACTS, "schedule is 'gpipe': input should be '1f1b_no_flush'"),
+    "unknown weights": (with_block(weights="fresh"), FACTS, "weights is 'fresh': input should be 'stash'"),
+    "weights that come later": (with_block(weights="predict"), FACTS, "weight prediction comes later"),
+    "negative depth": (with_block(extra_in_flight=-1), FACTS, "extra_in_flight is -1: it must be 0 or more"),
+    "depth auto": (with_block(extra_in_flight="auto"), FACTS, "'auto': measuring the link .* comes later; give a number"),
+    "depth of the wrong type": (with_block(extra_in_flight=1.5), FACTS, "extra_in_flight is 1.5: input should be a valid int"),
+    "depth is a bool": (with_block(extra_in_flight=True), FACTS, "extra_in_flight is True: input should be a valid int"),
+    "global clip": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage'"),
+    "kernel that comes later": (with_block(kernel="triton"), FACTS, "fused Triton update comes later"),
+    "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto' or 'torch'"),
+    "trace_dir of the wrong type": (with_block(trace_dir=7), FACTS, "trace_dir is 7: input should be a valid string"),
+    "no patience": (with_block(peer_timeout_s=0), FACTS, "peer_timeout_s is 0.0: it must be more than 0"),
+    "K below 1": (GOOD | {"gradient_accumulation_steps": 0}, FACTS, "gradient_accumulation_steps is 0"),
+    "K of the wrong type": (GOOD | {"gradient_accumulation_steps": "4"}, FACTS, "gradient_accumulation_steps is '4'"),
+    "2bw with too small a batch": (with_block(weights="2bw"), FACTS, "raise gradient_accumulation_steps to 3 or more"),
+    "depth with the flush": (with_block(schedule="1f1b_flush", extra_in_flight=2), FACTS, "nothing in flight between calls"),
+    "negative clipping": (GOOD | {"gradient_clipping": -1}, FACTS, "gradient_clipping is -1"),
+    "ZeRO-1": (GOOD | {"zero_optimization": {"stage": 1}}, FACTS, "ZeRO-1 under noflush comes with the fused update"),
+    "ZeRO-2": (GOOD | {"zero_optimization": {"stage": 2}}, FACTS, "zero_optimization.stage is 2: ZeRO-2 and ZeRO-3"),
+    "ZeRO-3": (GOOD | {"zero_optimization": {"stage": 3}}, FACTS, "zero_optimization.stage is 3: ZeRO-2 and ZeRO-3"),
+    "fp16": (GOOD | {"fp16": {"enabled": True}}, FACTS, "fp16.enabled is True: mixed precision comes with"),
+    "bf16": (GOOD | {"bf16": {"enabled": True}}, FACTS, "bf16.enabled is True: mixed precision comes with"),
+    "autocast": (GOOD | {"torch_autocast": {"enabled": True}}, FACTS, "torch_autocast.enabled"),
+    "gradients in bf16": (GOOD | {"data_types": {"grad_accum_dtype": "bf16"}}, FACTS, "grad_accum_dtype is 'bf16'"),
+    "curriculum": (GOOD | {"curriculum_learning": {"enabled": True}}, FACTS, "curriculum learning is enabled"),
+    "deepcompile": (GOOD | {"compile": {"deepcompile": True}}, FACTS, "deepcompile"),
+    "unmanaged accumulation": (GOOD | {"managed_gradient_accumulation": False}, FACTS, "managed_gradient_accumulation"),
+    "LBFGS": (GOOD | {"optimizer": {"type": "LBFGS"}}, FACTS, "'LBFGS': it evaluates the loss several times"),
+    "no optimizer": ({k: v for k, v in GOOD.items() if k != "optimizer"}, FACTS, "no optimizer"),
+    "our optimizer, not enabled": (GOOD | {"async_pipeline": {"enabled": False}}, None, "set async_pipeline.enabled to true"),
+    "our optimizer, no block": ({k: v for k, v in GOOD.items() if k != "async_pipeline"}, None, "is noflush's, but"),
+    "more stages than layers": (GOOD, RunFacts(stages=4, layers=3), "4 stages for 3 layers: every stage needs a layer"),
+    "tied layers": (GOOD, RunFacts(stages=2, layers=4, tied_keys=("embed",)), "tied layers 'embed'.*untie them"),
+    "tensor parallel": (GOOD, RunFacts(stages=2, layers=4, tensor_parallel=2), "tensor parallel size 2"),
+    "dynamic shape": (GOOD, RunFacts(stages=2, layers=4, dynamic_shape=True), "dynamic_shape=True"),
+    "old DeepSpeed": (GOOD, RunFacts(stages=2, layers=4, deepspeed_version="0.18.9"), "install deepspeed>=0.19.3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configuration(name):
+    ds_config, facts, message = WRONG[name]
+    with pytest.raises(ConfigError, match=message) as caught:
+        if facts is None:
+            check_config(ds_config)
+        else:
+            check_run(ds_config, facts)
+    assert len(caught.value.faults) == 1, caught.value.faults
+
+
+def test_every_fault_is_listed_at_once():
+    ds_config = with_block(schedule="gpipe", wieghts="x", kernel="triton") | {"fp16": {"enabled": True}}
+    with pytest.raises(ConfigError) as caught:
+        check_run(ds_config, RunFacts(stages=4, layers=2))
+    assert len(caught.value.faults) == 5
+    assert "5 faults" in str(caught.value)

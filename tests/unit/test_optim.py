@@ -1,0 +1,178 @@
+"""The update rules against torch's own NAdam, against Eq 10 written as a plain loop, and against themselves."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from noflush.optim import DelayAwareNAdamW, DelayAwareNAG
+
+SHAPES = [(64, 33), (7,), (1,), (3, 5, 2), (129,)]
+
+
+def parameters(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [Parameter(torch.randn(s, generator=draw)) for s in SHAPES]
+
+
+def give_gradients(steps, *models):
+    draw = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        for members in zip(*models, strict=True):
+            grad = torch.randn(members[0].shape, generator=draw)
+            for p in members:
+                p.grad = grad.clone()
+        yield
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize("betas", [(0.99, 0.999), (0.9, 0.95)])
+def test_nadamw_is_torch_nadam_bit_for_bit(weight_decay, betas):
+    ours, theirs = parameters(), parameters()
+    a = DelayAwareNAdamW(ours, lr=3e-3, betas=betas, weight_decay=weight_decay, momentum_decay=4e-3)
+    b = torch.optim.NAdam(theirs, lr=3e-3, betas=betas, weight_decay=weight_decay, decoupled_weight_decay=True)
+    for _ in give_gradients(200, ours, theirs):
+        a.step()
+        b.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_state_goes_both_ways_between_nadamw_and_torch():
+    ours, theirs = parameters(), parameters()
+    a = DelayAwareNAdamW(ours, lr=3e-3)
+    b = torch.optim.NAdam(theirs, lr=3e-3, betas=(0.99, 0.999), decoupled_weight_decay=True)
+    for _ in give_gradients(10, ours):
+        a.step()
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p)
+    state = copy.deepcopy(a.state_dict()["state"])
+    b.load_state_dict({"state": state, "param_groups": b.state_dict()["param_groups"]})
+    for _ in give_gradients(10, ours, theirs):
+        a.step()
+        b.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rule", [DelayAwareNAdamW, DelayAwareNAG])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_out_of_place_is_in_place(rule, weight_decay):
+    inside, outside = parameters(), parameters()
+    a, b = rule(inside, weight_decay=weight_decay), rule(outside, weight_decay=weight_decay)
+    for step, _ in enumerate(give_gradients(20, inside, outside)):
+        if step % 3 == 1:
+            inside[2].grad = outside[2].grad = None  # a parameter without a gradient is carried over
+        a.step()
+        before = [p.detach().clone() for p in outside]
+        targets = {p: torch.full_like(p, float("nan")) for p in outside}
+        b.step_into(targets)
+        assert all(torch.equal(p, old) for p, old in zip(outside, before, strict=True))
+        for p in outside:
+            p.data = targets[p]
+        assert all(torch.equal(p, q) for p, q in zip(inside, outside, strict=True))
+
+
+def test_constant_momentum_uses_beta1_from_the_first_step():
+    p = Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = DelayAwareNAdamW([p], lr=0.1, betas=(0.9, 0.99), eps=0.0, momentum_schedule="constant")
+    w, m, v, product = 1.0, 0.0, 0.0, 1.0
+    for t in range(1, 30):
+        g = 0.3 * w + 0.1 * t
+        p.grad = torch.tensor([g], dtype=torch.float64)
+        optimizer.step()
+        m, v, product = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g, product * 0.9
+        hat = 0.9 * m / (1 - product * 0.9) + 0.1 * g / (1 - product)
+        w -= 0.1 * hat / (v / (1 - 0.99**t)) ** 0.5
+        # mu's product is kept in float32, as torch keeps it.
+        assert p.item() == pytest.approx(w, rel=1e-5)
+        w = p.item()
+
+
+@pytest.mark.parametrize("schedule", ["constant", "theorem"])
+@pytest.mark.parametrize("delay", [0, 3])
+def test_nag_is_equation_10(schedule, delay):
+    """w_{t+1} = w_t + d_t - lr (1 - gamma_t) grad(look-ahead point `delay` steps ago), on a quadratic, float64."""
+    lr, wd, horizon = 0.05, 0.0, 40
+    curve = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    p = Parameter(torch.tensor([1.0, -2.0, 0.7], dtype=torch.float64))
+    optimizer = DelayAwareNAG([p], lr=lr, momentum=0.9, weight_decay=wd, momentum_schedule=schedule)
+
+    def gamma(t):
+        return 0.9 if schedule == "constant" else max(0.0, (t - 2) / t)
+
+    w_old = w = p.detach().clone()
+    ahead = []
+    for t in range(1, horizon):
+        d = gamma(t) * (w - w_old)
+        ahead.append(w + d)
+        assert torch.allclose(p, ahead[-1], rtol=1e-12, atol=1e-14)
+        grad = curve * ahead[max(0, len(ahead) - 1 - delay)]
+        w_old, w = w, w + d - lr * (1 - gamma(t)) * grad
+        p.grad = grad.clone()
+        optimizer.step()
+
+
+def test_nag_without_momentum_is_sgd():
+    ours, theirs = parameters(), parameters()
+    a, b = DelayAwareNAG(ours, lr=0.1, momentum=0.0), torch.optim.SGD(theirs, lr=0.1)
+    for _ in give_gradients(20, ours, theirs):
+        a.step()
+        b.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_stage_momentum_is_equation_13():
+    """0.9 + 0.09 (P - i) / P with i = s + 1: 0.9 at the last stage."""
+    got = []
+    for stage in range(4):
+        p = Parameter(torch.ones(1))
+        optimizer = DelayAwareNAG([p], stage_momentum=True)
+        optimizer.set_stage(stage, 4, delay=3 - stage)
+        got.append(optimizer._gamma(optimizer.param_groups[0], 1))
+    assert got == pytest.approx([0.9675, 0.945, 0.9225, 0.9])
+
+
+def test_learning_rate_discount_is_equation_13():
+    p = Parameter(torch.zeros(1))
+    optimizer = DelayAwareNAG([p], lr=1.0, momentum=0.0, lr_discount_steps=4)
+    optimizer.set_stage(0, 4, delay=4.0)
+    moves = []
+    for _ in range(6):
+        p.grad = torch.ones(1)
+        before = p.item()
+        optimizer.step()
+        moves.append(before - p.item())
+    assert moves == pytest.approx([4**-1, 4**-0.75, 4**-0.5, 4**-0.25, 1, 1], rel=1e-5)
+
+
+def test_discount_leaves_a_stage_without_delay_alone():
+    p = Parameter(torch.zeros(1))
+    optimizer = DelayAwareNAG([p], lr=1.0, momentum=0.0, lr_discount_steps=4)
+    optimizer.set_stage(3, 4, delay=0.0)
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert p.item() == -1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong", "rule_said"),
+    [
+        (DelayAwareNAdamW, {"lr": -1.0}, "lr is -1.0: it must be 0 or more"),
+        (DelayAwareNAdamW, {"betas": (1.0, 0.9)}, r"betas is \(1.0, 0.9\): it must be two numbers in"),
+        (DelayAwareNAdamW, {"momentum_schedule": "fast"}, "nadam or constant"),
+        (DelayAwareNAG, {"momentum": 1.0}, "momentum is 1.0"),
+        (DelayAwareNAG, {"momentum_schedule": "nadam"}, "constant or theorem"),
+    ],
+)
+def test_value_out_of_range(rule, wrong, rule_said):
+    with pytest.raises(ValueError, match=rule_said):
+        rule([Parameter(torch.zeros(1))], **wrong)
+
+
+def test_sparse_gradient_is_refused():
+    p = Parameter(torch.zeros(4))
+    p.grad = torch.zeros(4).to_sparse()
+    with pytest.raises(RuntimeError, match="dense embeddings"):
+        DelayAwareNAdamW([p]).step()

@@ -1,0 +1,193 @@
+"""The schedule against DESIGN's formulas, golden files, and a checker that catches every way to scramble it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from noflush.deadlock import ScheduleError, check_order, check_versions, program, prove
+from noflush.schedule import Action, Op, Schedule, ceil_div, with_communication
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(p, k) for p in (1, 2, 4, 8) for k in (1, 2, 4)]
+
+
+def as_text(schedule: Schedule) -> str:
+    """Every stage's actions with communication: a line a stage, calls separated by bars, the drain last."""
+    order = program(schedule)
+    lines = [" | ".join(" ".join(map(str, call[s])) for call in order) for s in range(schedule.stages)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(("stages", "gas"), CASES)
+@pytest.mark.parametrize("name", ["1f1b_no_flush", "1f1b_flush"])
+def test_golden(stages, gas, name):
+    # To accept a change of schedule on purpose: NOFLUSH_WRITE_GOLDEN=1 python -m tests.unit.test_schedule
+    golden = (GOLDEN / f"{name}_P{stages}_K{gas}.txt").read_text()
+    assert as_text(Schedule(stages, gas, name)) == golden
+
+
+@pytest.mark.parametrize(("stages", "gas"), CASES)
+@pytest.mark.parametrize("name", ["1f1b_no_flush", "1f1b_flush"])
+def test_golden_text_parses_back_and_is_free_of_deadlock(stages, gas, name):
+    lines = (GOLDEN / f"{name}_P{stages}_K{gas}.txt").read_text().splitlines()
+    rows = [[[Action.parse(word) for word in call.split()] for call in line.split("|")] for line in lines]
+    order = [[row[t] for row in rows] for t in range(len(rows[0]))]
+    assert order == program(Schedule(stages, gas, name))
+    check_order(order)
+
+
+def test_order_of_three_stages_by_hand():
+    s = Schedule(3, 1)
+    calls = [" ".join(str(a)[1:] for a in s.call(0, t)) for t in range(4)]
+    assert calls == ["F0", "F1", "F2 B0 U0", "F3 B1 U1"]
+    assert [str(a) for a in s.call(2, 0)] == ["2F0", "2B0", "2U0"]
+    assert [str(a) for a in s.drain(0, 4)] == ["0B2", "0U2", "0B3", "0U3"]
+
+
+@given(
+    stages=st.integers(1, 12),
+    gas=st.integers(1, 10),
+    extra=st.integers(0, 6),
+    name=st.sampled_from(["1f1b_no_flush", "1f1b_flush"]),
+    weights=st.sampled_from(["stash", "latest", "2bw"]),
+)
+def test_design_formulas(stages, gas, extra, name, weights):
+    flush = name == "1f1b_flush"
+    try:
+        schedule = Schedule(stages, gas, name, weights, 0 if flush else extra)
+    except ValueError:
+        assert weights == "2bw"
+        return
+    prove(schedule)
+    lags = [schedule.lag(s) for s in range(stages)]
+    assert lags == sorted(lags, reverse=True)
+    assert lags[-1] == 0
+    for s in range(stages):
+        updates = 0
+        for call in range(6):
+            actions = schedule.call(s, call)
+            forwards = [a.index for a in actions if a.op is Op.FORWARD]
+            assert forwards == list(range(call * gas, (call + 1) * gas))
+            updates += sum(a.op is Op.UPDATE for a in actions)
+            assert updates == max(0, (call + 1) * gas - schedule.lag(s)) // gas
+        for m in range(6 * gas):
+            if weights == "stash" and not flush:
+                assert schedule.version(s, m) == max(0, m - lags[s]) // gas
+            assert schedule.delay(s, m) >= 0
+        if weights == "stash" and not flush:
+            assert schedule.versions_alive(s) == ceil_div(lags[s], gas) + 1
+            assert schedule.mean_delay(s) == pytest.approx(lags[s] / gas)
+        if weights == "2bw" and not flush:
+            assert schedule.mean_delay(s) == 1
+        if flush:
+            assert schedule.max_delay(s) == 0
+
+
+def test_one_call_needs_nothing_of_a_later_one():
+    for stages, gas in CASES:
+        schedule = Schedule(stages, gas, extra_in_flight=2 if stages > 1 else 0)
+        for call, column in enumerate(program(schedule)[:-1]):
+            sent = {a for c in program(schedule)[: call + 1] for row in c for a in row}
+            for row in column:
+                for a in row:
+                    if a.op is Op.RECV_GRAD:
+                        assert Action(a.stage + 1, Op.SEND_GRAD, a.index) in sent
+                    if a.op is Op.RECV_ACTIVATION:
+                        assert Action(a.stage - 1, Op.SEND_ACTIVATION, a.index) in sent
+
+
+def test_no_delay_means_the_twins_agree():
+    for gas in (1, 3):
+        ours, twin = Schedule(1, gas), Schedule(1, gas, "1f1b_flush")
+        assert [ours.call(0, t) for t in range(4)] == [twin.call(0, t) for t in range(4)]
+
+
+def test_2bw_needs_a_batch_as_long_as_the_lag():
+    with pytest.raises(ValueError, match="raise gradient_accumulation_steps to 3"):
+        Schedule(4, 2, weights="2bw")
+    prove(Schedule(4, 3, weights="2bw"))
+
+
+@pytest.mark.parametrize("text", ["F0", "2X3", "", "2F", "2F-1"])
+def test_action_that_does_not_parse(text):
+    with pytest.raises(ValueError, match="expected <stage>"):
+        Action.parse(text)
+
+
+def test_scrambled_schedule_is_refused_and_drawn():
+    order = program(Schedule(4, 2))
+    order[2][1][0], order[2][1][1] = order[2][1][1], order[2][1][0]
+    with pytest.raises(ScheduleError, match=">>1"):
+        check_order(order)
+
+
+def test_receive_before_the_peer_can_send_is_a_deadlock():
+    # Stage 0 waits for the gradient of micro-batch 0 in the call in which it sends its activation, stage 1 lags.
+    first = with_communication(2, [Action(0, Op.FORWARD, 0), Action(0, Op.BACKWARD, 0)])
+    second = with_communication(2, [Action(1, Op.FORWARD, 0)])
+    later = with_communication(2, [Action(1, Op.BACKWARD, 0)])
+    with pytest.raises(ScheduleError, match="deadlock in call 0: stage 0 waits for ever at 0RG0"):
+        check_order([[first, second], [[], later]])
+
+
+def test_every_adjacent_swap_that_changes_meaning_is_refused():
+    # Swapping neighbours is harmless only if neither depends on the other; count that most swaps are caught.
+    refused = harmless = 0
+    for stage in range(3):
+        for call in range(4):
+            for i in range(len(program(Schedule(3, 1))[call][stage]) - 1):
+                order = program(Schedule(3, 1))
+                row = order[call][stage]
+                pair = {row[i].op, row[i + 1].op}
+                row[i], row[i + 1] = row[i + 1], row[i]
+                try:
+                    check_order(order)
+                    check_versions(Schedule(3, 1), order)
+                except ScheduleError:
+                    refused += 1
+                else:
+                    harmless += 1
+                    # A send may trade places with work that does not feed it; an update with communication.
+                    assert pair & {Op.SEND_ACTIVATION, Op.SEND_GRAD, Op.UPDATE, Op.RECV_GRAD}
+    assert refused > harmless
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_lost_action_is_refused(seed):
+    draw = random.Random(seed)
+    schedule = Schedule(draw.randint(2, 5), draw.randint(1, 3))
+    order = program(schedule)
+    call, stage = draw.randrange(len(order)), draw.randrange(schedule.stages)
+    row = [a for a in order[call][stage] if a.op is not Op.UPDATE]
+    if not row:
+        row = order[0][0]
+        call, stage = 0, 0
+    order[call][stage].remove(draw.choice(row))
+    with pytest.raises(ScheduleError):
+        check_order(order)
+
+
+def test_too_few_versions_are_refused():
+    schedule = Schedule(4, 1)
+    fewer = Schedule(3, 1)
+
+    class Pinched(Schedule):
+        def versions_alive(self, stage):
+            return fewer.versions_alive(max(0, stage - 1))
+
+    with pytest.raises(ScheduleError, match="keeps only"):
+        check_versions(Pinched(4, 1), program(schedule))
+
+
+if __name__ == "__main__":
+    import os
+
+    if os.environ.get("NOFLUSH_WRITE_GOLDEN"):
+        for p, k in CASES:
+            for n in ("1f1b_no_flush", "1f1b_flush"):
+                (GOLDEN / f"{n}_P{p}_K{k}.txt").write_text(as_text(Schedule(p, k, n)))
