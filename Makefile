@@ -1,0 +1,45 @@
+# Every target does its own set-up, into .venv/. `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+# Installed first: without a pin pip would take a CUDA build of several GB.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: setup demo test test-all check bench format clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not multiproc and not e2e"
+
+bench: setup
+	for gas in 1 4 8; do for stages in 4 8; do \
+		$(BIN)/python tests/bench/pipeline.py --stages $$stages --gas $$gas --record || exit 1; done; done
+	for gas in 1 2 4 8; do $(BIN)/python tests/bench/pipeline.py --stages 2 --gas $$gas --real --record || exit 1; done
+	$(BIN)/python tests/bench/pipeline.py --stages 2 --gas 1 --forward-ms 0 --backward-ms 0 --record
+
+format: setup
+	$(BIN)/ruff check --fix -q .
+	$(BIN)/ruff format -q .
+
+clean:
+	rm -rf $(VENV) build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis plugin/*.egg-info

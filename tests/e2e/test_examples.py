@@ -1,0 +1,100 @@
+"""What a person types: DeepSpeed's launcher, the example scripts, the demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.multiproc.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+
+pytestmark = [pytest.mark.e2e, pytest.mark.multiproc]
+
+
+def run(command, timeout=200):
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    return done.returncode, done.stdout
+
+
+def launch(*words):
+    return run([*LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), *words])
+
+
+def test_unchanged_script_through_the_launcher():
+    status, out = launch("--module", "noflush.run", "examples/plain.py")
+    assert status == 0, out[-3000:]
+    assert "done: 200 calls, last known loss" in out
+    assert "bubble:" in out
+
+
+def test_the_same_script_without_the_block_is_stock():
+    status, out = launch("--module", "noflush.run", "examples/plain.py", "--flush")
+    assert status == 0, out[-3000:]
+    assert "done: 200 calls" in out
+    assert "bubble:" not in out
+
+
+def test_plain_example_is_short_and_its_config_is_good():
+    from noflush.config import check_config
+
+    assert 40 <= len((ROOT / "examples" / "plain.py").read_text().splitlines()) <= 60
+    assert check_config(json.loads((ROOT / "examples" / "ds_config.json").read_text())) is not None
+
+
+def test_wrong_config_stops_before_anything_starts(tmp_path):
+    config = tmp_path / "ds.json"
+    config.write_text('{"async_pipeline": {"schedule": "gpipe"}, "optimizer": {"type": "AdamW"}}')
+    status, out = run([sys.executable, "-m", "noflush.run", "examples/train_gpt.py", "--deepspeed_config", str(config)])
+    assert status != 0
+    assert "async_pipeline.schedule is 'gpipe': input should be '1f1b_no_flush' or '1f1b_flush'" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "no script given; usage: deepspeed"), (["--local_rank=0", "nothing.py"], "nothing.py is not a file")],
+)
+def test_run_without_a_script(words, message):
+    status, out = run([sys.executable, "-m", "noflush.run", *words])
+    assert status != 0
+    assert message in out
+
+
+def test_local_rank_goes_behind_the_script():
+    from noflush.run import split_arguments
+
+    assert split_arguments(["--local_rank=3", "train.py", "--lr", "1"]) == ("train.py", ["--lr", "1", "--local_rank=3"])
+
+
+def test_demo_in_small(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"It was the best of times, it was the worst of times. " * 6000)
+    command = [sys.executable, "examples/compare.py", "--steps", "30", "--out", str(tmp_path), "--text", str(text)]
+    status, out = run([*command, "--port", str(free_port())])
+    assert status == 0, out[-3000:]
+    assert "tokens/s" in out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["no_flush"]["delay"] == [3, 2, 1, 0]
+    for run_name in ("flush", "no_flush"):
+        assert {"tokens_per_s", "bubble", "val_loss"} <= set(summary[run_name])
+        assert 0 < summary[run_name]["bubble"] < 1
+    assert (
+        summary["no_flush"]["predicted_core_a_stage"]["bubble"] < summary["flush"]["predicted_core_a_stage"]["bubble"]
+    )
+    for picture in ("loss.png", "timeline.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
