@@ -55,6 +55,10 @@ class TensorSpec:
         """The spec of a stage's output tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind}{list(self.shape)}{'' if self.differentiable else ' without gradient'}"
+
 
 @dataclass(frozen=True)
 class PayloadSpec:
@@ -69,6 +73,10 @@ class PayloadSpec:
         if isinstance(outputs, Tensor):
             return cls((TensorSpec.of(outputs),), False)
         return cls(tuple(TensorSpec.of(t) for t in outputs), True)
+
+    def __str__(self) -> str:
+        words = ", ".join(map(str, self.tensors))
+        return f"({words})" if self.is_tuple else words
 
     def gradients(self) -> tuple[TensorSpec, ...]:
         """Specs of the gradients that come back, in order."""

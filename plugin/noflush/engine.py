@@ -49,6 +49,13 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         ScheduleError: the schedule could deadlock (checked before the first step).
     """
 
+    # DeepSpeed's own, which carries no types.
+    pipe_buffers: dict[str, list[Any]]
+    num_pipe_buffers: int
+    total_loss: Any
+    total_additional_losses: Any
+    micro_batches: int
+
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         prove(schedule)
         host_config = kwargs["config_class"]

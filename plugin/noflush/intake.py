@@ -71,8 +71,8 @@ class Intake:
             self._fill(pulled)
             if len(self._pending) != pulled:
                 raise PeerError(
-                    f"call {call}: the last stage's data iterator ended after {len(self._pending)} micro-batches, the first "
-                    f"stage's gave {pulled}; pass the same data to train_batch() on both"
+                    f"call {call}: the last stage's data iterator ended after {len(self._pending)} micro-batches, "
+                    f"the first stage's gave {pulled}; pass the same data to train_batch() on both"
                 )
         if not ready:
             raise DataExhausted(

@@ -167,7 +167,7 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
                 }
         beta1 = self._momentum(group, group["betas"][0])
         beta2 = group["betas"][1]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         state = [self.state[p] for p in params]
         exp_avg = [s["exp_avg"] for s in state]
         exp_avg_sq = [s["exp_avg_sq"] for s in state]
@@ -275,6 +275,7 @@ class DelayAwareNAG(DelayAwareOptimizer):
             step, weight = s["step"].item(), s["weight"]
             lr = self._learning_rate(group, step)
             torch.mul(p, 1 - lr * group["weight_decay"], out=target)
+            assert p.grad is not None
             target.add_(p.grad, alpha=-lr * (1 - self._gamma(group, step)))
             drift = target - weight
             weight.copy_(target)

@@ -21,7 +21,7 @@ def split_arguments(argv: list[str]) -> tuple[str, list[str]]:
 
     Raises ValueError if there is no script, with the usage.
     """
-    before = []
+    before: list[str] = []
     for at, word in enumerate(argv):
         if not word.startswith("--local_rank") and not word.startswith("--local-rank"):
             return word, argv[at + 1 :] + before

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -160,7 +161,7 @@ class WeightRing:
                 param.data = view
         if step_into is None:
             # In-place writes to a parameter would make autograd refuse the older micro-batches in flight.
-            with torch.autograd._unsafe_preserve_version_counter(tuple(self.params)):
+            with _unsafe_preserve_version_counter(tuple(self.params)):
                 optimizer.step()
         if target.version is not None:
             del self._where[target.version]

@@ -160,7 +160,8 @@ def compute_ms(args):
 
 
 def hardware():
-    model = next((li.split(":")[1].strip() for li in open("/proc/cpuinfo") if li.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), "?")
     return f"{model}, {os.cpu_count()} cores"
 
 

@@ -255,7 +255,7 @@ def resume(rank, folder, gas):
     noise = iter(t.data(3 * gas, seed=77))
     for _ in range(3):
         engine.train_batch(noise)  # loading with micro-batches in flight forgets them
-    path, _ = engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder)
     it = itertools.islice(iter(t.data(gas * 8)), gas * 4, None)
     for _ in range(4):
         engine.train_batch(it)

@@ -1,4 +1,4 @@
-"""Wrong configurations: each one clear error that states the value, the rule and the fix; faults are listed together."""
+"""Wrong configurations: one clear error each, with the value, the rule and the fix; faults are listed together."""
 
 from __future__ import annotations
 
@@ -89,11 +89,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_configuration(name):
     ds_config, facts, message = WRONG[name]
+    check = (lambda: check_config(ds_config)) if facts is None else (lambda: check_run(ds_config, facts))
     with pytest.raises(ConfigError, match=message) as caught:
-        if facts is None:
-            check_config(ds_config)
-        else:
-            check_run(ds_config, facts)
+        check()
     assert len(caught.value.faults) == 1, caught.value.faults
 
 

@@ -139,5 +139,5 @@ def test_memory_is_slots_times_weights_and_never_grows():
 
 
 def test_parameters_are_aligned_as_torch_aligns_them():
-    net, ring, _ = make(slots=2)
+    net, _, _ = make(slots=2)
     assert all(p.data_ptr() % 64 == 0 for p in net.parameters())

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     latency = args.link_latency_ms / 1e3
     plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency)
     if args.json:
-        print(json.dumps(plan.to_json(), indent=2))  # noqa: T201
+        print(json.dumps(plan.to_json(), indent=2))
         return 0
     _print(plan, latency, cost)
     return 0

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         "no flush": Schedule(args.stages, args.gas, weights=args.weights, extra_in_flight=args.extra_in_flight),
     }
     training, validation = text.corpus(args.text)
-    console, results = Console(), {}
+    console = Console()
+    results: dict[str, dict[str, Any]] = {}
     for name, schedule in schedules.items():
         simulator = _simulator(args, schedule)
         stream = text.batches(training, args.batch, args.sequence, args.seed)

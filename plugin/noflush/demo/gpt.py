@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.token(tokens) + self.position(positions)
+        embedded: Tensor = self.token(tokens) + self.position(positions)
+        return embedded
 
 
 class Block(nn.Module):
@@ -48,7 +50,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(functional.gelu(self.up(self.norm_mlp(x))))
+        x = x + self.down(functional.gelu(self.up(self.norm_mlp(x))))
+        return x
 
 
 class Head(nn.Module):
@@ -61,7 +64,8 @@ class Head(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.logits(self.norm(x))
+        logits: Tensor = self.logits(self.norm(x))
+        return logits
 
 
 def gpt_layers(vocabulary: int, sequence: int, width: int, heads: int, depth: int) -> list[nn.Module]:
@@ -85,4 +89,4 @@ def split_by_blocks(layers: Sequence[nn.Module], stages: int) -> list[nn.Sequent
         raise ValueError(f"{depth} blocks do not divide into {stages} stages; use a multiple of {stages}")
     per = depth // stages
     cuts = [0, *(1 + per * s for s in range(1, stages)), len(layers)]
-    return [nn.Sequential(*layers[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [nn.Sequential(*layers[a:b]) for a, b in itertools.pairwise(cuts)]

@@ -36,7 +36,7 @@ def corpus(path: str | None = None) -> tuple[Tensor, Tensor]:
             raise ValueError(f"--text {path}: {error.strerror}; give a readable text file") from error
     if len(raw) < 2 * _BLOCK:
         raise ValueError(f"the text has {len(raw)} bytes: at least {2 * _BLOCK} are needed to hold some out")
-    blocks = torch.frombuffer(bytearray(raw), dtype=torch.uint8).split(_BLOCK)
+    blocks = torch.split(torch.frombuffer(bytearray(raw), dtype=torch.uint8), _BLOCK)
     held = [b for i, b in enumerate(blocks) if i % _HELD_OUT == 1]
     rest = [b for i, b in enumerate(blocks) if i % _HELD_OUT != 1]
     return torch.cat(rest), torch.cat(held)
