@@ -186,7 +186,8 @@ class StageRunner:
         elif spec != self._outgoing:
             raise ValueError(
                 f"stage {self.stage} made {spec} of micro-batch {self._global(m)}, but {self._outgoing} was agreed "
-                "with the first one: every micro-batch must have one shape; drop the last partial batch (drop_last=True) or pad"
+                "with the first one: every micro-batch must have one shape; drop the last partial batch "
+                "(drop_last=True) or pad"
             )
 
     def _send_activation(self, m: int) -> None:  # (3)
