@@ -28,7 +28,7 @@ from noflush.timing import Cost, play
 
 HERE = Path(__file__).parent
 STAGES = 4
-LEARNING_RATES = {"flush": 2e-3, "no_flush": 2e-3}
+LEARNING_RATES = {"flush": 2e-3, "no_flush": 7e-4}
 SCHEDULES = {"flush": "1f1b_flush", "no_flush": "1f1b_no_flush"}
 TITLES = {"flush": "with the flush", "no_flush": "no flush"}
 console = Console(highlight=False)

@@ -184,7 +184,7 @@ def main():
     p.add_argument("--extra-in-flight", type=int, nargs="+", default=[2, 0], help="the first one is no_flush_ms")
     p.add_argument("--forward-ms", type=float, default=40.0)
     p.add_argument("--backward-ms", type=float, default=80.0)
-    p.add_argument("--calls", type=int, default=40, help="timed calls a round (stock: a quarter)")
+    p.add_argument("--calls", type=int, help="timed calls a round (stock: a quarter); default: 60 micro-batches")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--real", action="store_true", help="the demo's model instead of sleeping")
     p.add_argument("--depth", type=int, default=4)
@@ -195,6 +195,7 @@ def main():
     p.add_argument("--json", action="store_true", help="print one JSON object")
     p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/pipeline.jsonl")
     args = p.parse_args()
+    args.calls = args.calls or max(6, 60 // args.gas)
     if args.stages == 1 or args.real:
         args.extra_in_flight = args.extra_in_flight[-1:]
 
