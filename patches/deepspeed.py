@@ -30,22 +30,27 @@ class HostChangedError(RuntimeError):
     """DeepSpeed is not of the shape that noflush patches."""
 
 
-class _StandInType(type):
-    """Makes the stand-in pass for the class it stands for."""
+class _StandIn:
+    """Passes for the class it stands for: called, asked, looked into and derived from."""
 
-    __wrapped__: type
+    def __init__(self, original: type) -> None:
+        self.__wrapped__ = original
+        self.__doc__ = original.__doc__
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return _build(cls.__wrapped__, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _build(self.__wrapped__, *args, **kwargs)
 
-    def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, cls.__wrapped__)
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self.__wrapped__)
 
-    def __subclasscheck__(cls, subclass: type) -> bool:
-        return issubclass(subclass, cls.__wrapped__)
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self.__wrapped__)
 
-    def __getattr__(cls, name: str) -> Any:
-        return getattr(cls.__wrapped__, name)
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (self.__wrapped__,)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
 
 
 def patch() -> None:
@@ -56,8 +61,7 @@ def patch() -> None:
     import deepspeed
 
     original = deepspeed.PipelineEngine
-    stand_in = _StandInType("PipelineEngine", (), {"__wrapped__": original, "__doc__": original.__doc__})
-    deepspeed.PipelineEngine = stand_in
+    deepspeed.PipelineEngine = _StandIn(original)
     logger.info("noflush: deepspeed.PipelineEngine stands for %s.%s", original.__module__, original.__qualname__)
 
 
@@ -72,7 +76,7 @@ def unpatch() -> None:
 def is_patched() -> bool:
     """True while the stand-in is in place."""
     host = sys.modules.get("deepspeed")
-    return type(getattr(host, "PipelineEngine", None)) is _StandInType
+    return type(getattr(host, "PipelineEngine", None)) is _StandIn
 
 
 def missing_seams() -> list[str]:
@@ -107,23 +111,26 @@ def check_host() -> None:
 
 
 def _build(original: type, *args: Any, **kwargs: Any) -> Any:
-    ds_config = kwargs["config_class"]._param_dict
+    host_config = kwargs["config_class"]
+    ds_config = host_config._param_dict
     if check_config(ds_config) is None:
         return original(*args, **kwargs)
     from noflush.engine import NoFlushEngine
 
     model = kwargs["model"]
-    config, schedule = check_run(ds_config, facts_of(model, kwargs.get("optimizer")))
+    config, schedule = check_run(ds_config, facts_of(model, host_config, kwargs.get("optimizer")))
     return NoFlushEngine(config, schedule, *args, **kwargs)
 
 
-def facts_of(model: Any, client_optimizer: Any = None) -> RunFacts:
-    """What a DeepSpeed ``PipelineModule`` says about the run it belongs to."""
+def facts_of(model: Any, host_config: Any, client_optimizer: Any = None) -> RunFacts:
+    """What a DeepSpeed ``PipelineModule`` and the resolved ``DeepSpeedConfig`` say about a run."""
     import deepspeed
 
     return RunFacts(
         stages=model.num_stages,
         layers=len(model._layer_specs),
+        gas=host_config.gradient_accumulation_steps,
+        zero_stage=int(host_config.zero_optimization_stage),
         tied_keys=tuple(model.tied_comms) or tuple(_tied_keys(model)),
         tensor_parallel=model._grid.model_parallel_size,
         dynamic_shape=bool(model.dynamic_shape),

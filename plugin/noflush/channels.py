@@ -120,7 +120,10 @@ def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
 
 def _await(work: dist.Work, peer: Peer, what: str) -> None:
     try:
-        work.wait(timedelta(seconds=peer.timeout_s))
+        if dist.get_backend(peer.group) == "gloo":
+            work.wait(timedelta(seconds=peer.timeout_s))
+        else:
+            work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
     except RuntimeError as error:
         raise PeerError(
             f"stage {peer.own_stage} gave up {what} stage {peer.stage} (rank {peer.rank}): {_first_line(error)}. "
@@ -134,12 +137,16 @@ def _first_line(error: Exception) -> str:
 
 
 class Outbox:
-    """The sending end of one channel. Holds what it sent until `retire` says that the peer has it."""
+    """The sending end of one channel. Holds what it sent until `retire` says that the peer has it.
+
+    ``sent`` counts the messages ever sent.
+    """
 
     def __init__(self, peer: Peer, kind: str) -> None:
         self._peer = peer
         self._kind = kind
         self._open: deque[tuple[int, list[Tensor], list[dist.Work]]] = deque()
+        self.sent = 0
 
     @property
     def open_sends(self) -> int:
@@ -157,6 +164,7 @@ class Outbox:
                 f"(rank {self._peer.rank}): {_first_line(error)}"
             ) from error
         self._open.append((index, payload, [w for w in works if w is not None]))
+        self.sent += 1
 
     def retire(self, up_to: int) -> None:
         """Forgets messages with index <= ``up_to``, which the peer is known to have consumed."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError
@@ -55,8 +55,9 @@ class AsyncPipelineConfig:
     trace_dir: str | None = None
     """Folder for one trace file a rank (the newest events only); None writes none."""
 
-    peer_timeout_s: float = 600.0
-    """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both."""
+    peer_timeout_s: float = 1800.0
+    """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both.
+    A neighbour's own work between calls (evaluation, data) counts; one that died is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,25 @@ class RunFacts:
 
     Attributes:
         stages: pipeline stages P.
+        gas: gradient_accumulation_steps K as the host resolved it (it may follow from train_batch_size).
         layers: entries of the ``PipelineModule``'s layer list.
         tied_keys: keys of its tied layers.
         tensor_parallel: tensor (model) parallel size.
         dynamic_shape: whether the module was built with ``dynamic_shape=True``.
         deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
         client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
+        zero_stage: ZeRO stage as the host resolved it.
     """
 
     stages: int
     layers: int
+    gas: int = 1
     tied_keys: tuple[str, ...] = ()
     tensor_parallel: int = 1
     dynamic_shape: bool = False
     deepspeed_version: str = "0.19.8"
     client_optimizer: bool = False
+    zero_stage: int = 0
 
 
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
@@ -114,8 +119,9 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     """The checked block and schedule of an enabled run. Raises ConfigError listing every fault of the run."""
     faults: list[str] = []
     config = _parse(ds_config, faults)
-    faults += _faults_of_host_config(ds_config)
-    faults += _faults_of_facts(facts)
+    of_config = _faults_of_host_config(ds_config)
+    # Once the config's own ZeRO section is refused, what the host made of it is no second fault.
+    faults += of_config + _faults_of_facts(replace(facts, zero_stage=0) if of_config else facts)
     if not facts.client_optimizer and not _at(ds_config, "optimizer", "type"):
         faults.append(
             'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
@@ -126,7 +132,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
         try:
             schedule = Schedule(
                 stages=facts.stages,
-                gas=int(ds_config.get("gradient_accumulation_steps", 1)),
+                gas=facts.gas,
                 name=config.schedule,
                 weights=config.weights,
                 extra_in_flight=config.extra_in_flight,
@@ -221,6 +227,8 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
         faults.append(f"gradient_clipping is {clipping!r}: it must be a number, 0 (off) or more")
     zero = _at(ds, "zero_optimization", "stage")
+    if ds.get("zero_optimization") is True:  # an old spelling of stage 1
+        zero = 1
     if zero in (2, 3):
         faults.append(
             f"zero_optimization.stage is {zero}: ZeRO-2 and ZeRO-3 shard what a pipeline stage needs whole between "
@@ -280,6 +288,8 @@ def _faults_of_facts(facts: RunFacts) -> list[str]:
         faults.append(
             f"tensor parallel size {facts.tensor_parallel}: tensor parallelism comes with the Megatron launcher; use 1"
         )
+    if facts.zero_stage:
+        faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0")
     if facts.dynamic_shape:
         faults.append(
             "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; pad to one shape"

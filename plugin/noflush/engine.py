@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections import OrderedDict
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -64,16 +65,19 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         host_config.wall_clock_breakdown = False
         self._nf_schedule = schedule
         super().__init__(*args, **kwargs)
+        assert schedule.gas == self.micro_batches, (schedule, self.micro_batches)
         self._nf_evaluating = False
         self._nf_samples_per_call = self.train_batch_size()
-        self._nf_reported: tuple[int, float] | None = None
+        self._nf_loss_step: int | None = None
+        self._nf_report: Tensor | None = None
+        self._nf_events: list[tuple[str, float, int]] = []
         self._nf_bubbles = [math.nan] * schedule.stages
         self._nf_updated = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
         self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         self._nf_runner = self._nf_make_runner(block)
-        self._nf_intake = self._nf_make_intake()
+        self._nf_intake = self._nf_make_intake(block)
         if isinstance(self.optimizer, DelayAwareOptimizer):
             self.optimizer.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
@@ -90,8 +94,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def _nf_make_runner(self, block: AsyncPipelineConfig) -> StageRunner:
         schedule, stage = self._nf_schedule, self.stage_id
-        trainable = [p for p in self.module.parameters() if p.requires_grad]
-        ring = WeightRing(trainable, schedule.versions_alive(stage), stash=schedule.weights != "latest")
+        # What no optimizer updates has one version for ever, and stays where it is.
+        owned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        ring = WeightRing(owned, schedule.versions_alive(stage), stash=schedule.weights != "latest")
         drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
         neighbours = connect(
             pipelines=self.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
@@ -113,14 +118,15 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             post_across_calls=dist.get_backend() == "gloo",
         )
 
-    def _nf_make_intake(self) -> Intake:
+    def _nf_make_intake(self, block: AsyncPipelineConfig) -> Intake:
         neighbours = self._nf_runner.neighbours
         replicas = None
         if self.dp_world_size > 1:
             readers = [pipeline[0] for pipeline in self.grid._topo.get_axis_comm_lists("pipe")]
             if self.num_stages == 1:
                 readers = list(range(dist.get_world_size()))
-            group = dist.new_group(readers, backend="gloo")
+            patience = timedelta(seconds=block.peer_timeout_s)
+            group = dist.new_group(readers, timeout=patience, backend="gloo")
             replicas = group if self.is_first_stage() else None
         reads = self.is_first_stage() or self.is_last_stage()
         return Intake(
@@ -142,7 +148,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     @property
     def loss_step(self) -> int | None:
         """The call (counted from 1, as ``global_steps``) whose loss `train_batch` last returned; None before any."""
-        return self._nf_reported[0] if self._nf_reported else None
+        return self._nf_loss_step
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -168,13 +174,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._compute_loss = True
         self.fwd_outputs: list[Any] = []
         self._nf_updated = False
-        known = self._nf_reported
         self._nf_runner.run_call()
         self.global_steps += 1
         self.global_samples += self._nf_samples_per_call
         self._step_applied = self._nf_updated
         self._nf_recorder.add_call(start, time.perf_counter_ns())
-        self._nf_after_call(news=self._nf_reported != known)
+        self._nf_after_call()
         return self.agg_train_loss.clone()
 
     def drain(self) -> None:
@@ -182,8 +187,13 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
         Afterwards every stage has made as many updates as calls; the next call fills the pipeline anew.
         """
+        # Recomputed forwards must see the mode of the first ones.
+        was_training = self.module.training
+        self.module.train()
         self._nf_runner.drain()
+        self.module.train(was_training)
         self._nf_recorder.write()
+        self._nf_write_events()
 
     def _next_batch(self) -> Any:
         return super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
@@ -235,6 +245,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_runner.ring.update(self.optimizer)
         self.zero_grad()
         self._nf_updated = True
+        if self.global_rank == 0 and self.monitor.enabled:
+            samples = self._nf_runner.updates * self._nf_samples_per_call
+            self._nf_events.append(("Train/Samples/lr", self.get_lr()[0], samples))
         if self.lr_scheduler is not None:
             try:
                 self.lr_scheduler.step()
@@ -270,15 +283,14 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             values = report[1 : 1 + len(self._nf_loss_names)].float()
             self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
         self._nf_report = report
-        step = self._nf_reported[0] + 1 if self._nf_reported else self._nf_first_step()
-        self._nf_reported = (step, time.perf_counter())
-
-    def _nf_first_step(self) -> int:
-        return self._nf_runner.first_micro_batch // self.micro_batches + 1
+        self._nf_loss_step = self._nf_runner.batches_finished + 1
+        if self.global_rank == 0 and self.monitor.enabled:
+            samples = self._nf_loss_step * self._nf_samples_per_call
+            self._nf_events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
 
     # ---- reports -----------------------------------------------------------------------------------------
 
-    def _nf_after_call(self, news: bool) -> None:
+    def _nf_after_call(self) -> None:
         if self.global_steps % _CALLS_PER_TRACE_FILE == 0:
             self._nf_recorder.write()
         every = self.steps_per_print()
@@ -289,8 +301,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             if self.global_rank == 0:
                 self._report_progress(self.global_steps)
                 self._nf_print(interval)
-        if self.global_rank == 0 and self.monitor.enabled:
-            self._nf_write_events(news, due)
+                self._nf_events.append(("Train/Samples/bubble", interval["bubble"], self.global_samples))
+        self._nf_write_events()
 
     def _nf_print(self, interval: dict[str, float]) -> None:
         line = progress_line(
@@ -307,23 +319,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def _nf_known_bubbles(self) -> list[float]:
         """Every stage's bubble as last heard from it, this stage's newest."""
-        if self._nf_reported is not None:
+        if self._nf_report is not None:
             heard = self._nf_report[-self.num_stages :].tolist()
             mine = self._nf_bubbles[self.stage_id]
             self._nf_bubbles = heard
             self._nf_bubbles[self.stage_id] = mine
         return self._nf_bubbles
 
-    def _nf_write_events(self, news: bool, due: bool) -> None:
-        events = [("Train/Samples/lr", self.get_lr()[0], self.global_samples)] if self._nf_updated else []
-        if news and self.loss_step is not None:
-            # The loss is written where it belongs, not where it was learnt.
-            samples = self.global_samples - (self.global_steps - self.loss_step) * self._nf_samples_per_call
-            events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
-        bubble = self._nf_bubbles[self.stage_id]
-        if due and not math.isnan(bubble):
-            events.append(("Train/Samples/bubble", bubble, self.global_samples))
-        if events:
+    def _nf_write_events(self) -> None:
+        """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt."""
+        events, self._nf_events = self._nf_events, []
+        if events and self.global_rank == 0 and self.monitor.enabled:
             self.monitor.write_events(events)
 
     # ---- evaluation and checkpoints ----------------------------------------------------------------------
@@ -353,12 +359,19 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         return super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``."""
+        """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
+
+        Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
+        """
         self.drain()
+        if isinstance(self.optimizer, DelayAwareOptimizer):
+            self.optimizer.forget_weights()
         result = super().load_checkpoint(*args, **kwargs)
         self._nf_runner.ring.restart(self.global_steps)
         self._nf_runner.restart(self.global_steps * self.micro_batches)
-        self._nf_reported = None
+        self._nf_intake.clear()
+        self._nf_loss_step = self._nf_report = None
+        self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
 
     def set_train_batch_size(self, train_batch_size: int) -> None:

@@ -53,6 +53,10 @@ class Intake:
         """The next micro-batch of the call under way."""
         return self._pending.popleft()
 
+    def clear(self) -> None:
+        """Forgets micro-batches that were kept after `DataExhausted`."""
+        self._pending.clear()
+
     def open_call(self, call: int, message: int) -> None:
         """Pulls K micro-batches and agrees on it with the other stages.
 

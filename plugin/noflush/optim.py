@@ -27,6 +27,9 @@ class DelayAwareOptimizer(Optimizer):
         """Tells the rule where it works: stage s of P, and its mean delay in updates (0 without asynchrony)."""
         self.stage, self.stages, self.delay = stage, stages, delay
 
+    def forget_weights(self) -> None:
+        """Tells the rule that the weights are about to be replaced, by a checkpoint say."""
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -258,6 +261,10 @@ class DelayAwareNAG(DelayAwareOptimizer):
                 "lr_discount_steps": lr_discount_steps,
             },
         )
+
+    def forget_weights(self) -> None:
+        """The drift from the old weights to the new ones is no momentum: starts from the new ones."""
+        self.state.clear()
 
     def _gamma(self, group: dict[str, Any], step: float) -> float:
         if group["momentum_schedule"] == "theorem":

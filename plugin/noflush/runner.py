@@ -78,12 +78,15 @@ class StageRunner:
         self.calls = 0
         self.first_micro_batch = 0
         self.first_version = ring.newest
+        self.batches_finished = 0
         self._work = work
         self._report_spec = report
         self._post_across_calls = post_across_calls
         self._outgoing: PayloadSpec | None = None
         self._incoming: PayloadSpec | None = None
         self._first_message = 0
+        self._end = 0
+        self._draining = False
         self._received: Payload | None = None
         self._to_send: Payload | None = None
         self._gradients: list[Tensor] | None = None
@@ -106,8 +109,12 @@ class StageRunner:
 
     def run_call(self) -> None:
         """Runs the actions of one `train_batch` call; user code then sees the newest weights."""
+        self._end = (self.calls + 1) * self.schedule.gas
         self._run(self.schedule.call(self.stage, self.calls))
         self.calls += 1
+        if not self._post_across_calls and self.neighbours.gradients_in is not None:
+            # What the stage below has sent by now must have its receive, even in calls without a backward here.
+            self.neighbours.gradients_in.post(self._gradient_specs(), self._gradient_limit())
 
     @property
     def next_message(self) -> int:
@@ -116,7 +123,9 @@ class StageRunner:
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight; a new segment starts with the next call."""
+        self._end, self._draining = self.calls * self.schedule.gas, True
         self._run(self.schedule.drain(self.stage, self.calls))
+        self._draining = False
         finished = self.calls * self.schedule.gas
         self._first_message += finished
         self.restart(self.first_micro_batch + finished)
@@ -126,6 +135,7 @@ class StageRunner:
         self.calls = 0
         self.first_micro_batch = first_micro_batch
         self.first_version = self.ring.newest
+        self.batches_finished = first_micro_batch // self.schedule.gas
 
     def _run(self, compute: Sequence[Action]) -> None:
         for action in with_communication(self.schedule.stages, compute):
@@ -145,11 +155,18 @@ class StageRunner:
         # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
         return self._first_message + m
 
-    def _message_limit(self, lag: int) -> int | None:
+    def _activation_limit(self) -> int | None:
+        return None if self._post_across_calls else self._message(self._end)
+
+    def _gradient_limit(self) -> int | None:
         if self._post_across_calls:
             return None
-        # Post all that the peer sends in this call, even what is needed only in the next one.
-        return self._message((self.calls + 1) * self.schedule.gas - lag)
+        # All that the stage below sends by the end of this call, even what is needed only in the next one.
+        return self._message(self._end if self._draining else self._end - self.schedule.lag(self.stage + 1))
+
+    def _gradient_specs(self) -> tuple[TensorSpec, ...]:
+        assert self._outgoing is not None
+        return (*self._outgoing.gradients(), self._report_spec)
 
     def _ends_batch(self, m: int) -> bool:
         return (m + 1) % self.schedule.gas == 0
@@ -160,7 +177,7 @@ class StageRunner:
         assert control is not None
         if self._incoming is None:
             self._incoming = PayloadSpec.from_words(control.take())
-        tensors = inbox.take(self._message(m), self._incoming.tensors, self._message_limit(lag=0))
+        tensors = inbox.take(self._message(m), self._incoming.tensors, self._activation_limit())
         for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
             tensor.requires_grad_(spec.differentiable)
         self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
@@ -198,11 +215,9 @@ class StageRunner:
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
-        inbox, below = self.neighbours.gradients_in, self.stage + 1
+        inbox = self.neighbours.gradients_in
         assert inbox is not None
-        assert self._outgoing is not None
-        specs = (*self._outgoing.gradients(), self._report_spec)
-        *self._gradients, report = inbox.take(self._message(m), specs, self._message_limit(self.schedule.lag(below)))
+        *self._gradients, report = inbox.take(self._message(m), self._gradient_specs(), self._gradient_limit())
         if self._ends_batch(m):
             self._report = report
         # A gradient of m proves that the stage below has read the activation of m, and the calls before.
@@ -219,6 +234,7 @@ class StageRunner:
         self.ring.release(self._global(m))
         if self._ends_batch(m):
             self._report = self._work.make_report(self._report)
+            self.batches_finished += 1
 
     def _send_grad(self, m: int) -> None:  # (6)
         outbox = self.neighbours.gradients_out

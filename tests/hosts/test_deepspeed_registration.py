@@ -37,7 +37,7 @@ def test_import_registers_once_in_any_order(order):
     code = f"{order}\nprint(type(deepspeed.PipelineEngine).__name__, {CLASS_SEEN})"
     status, out, errors = python(code)
     assert status == 0, errors
-    assert out == ["_StandInType PipelineEngine"]
+    assert out == ["_StandIn PipelineEngine"]
 
 
 def test_unregister_puts_the_host_back():
@@ -52,6 +52,15 @@ def test_unregister_puts_the_host_back():
 def test_unregister_before_the_host_is_imported():
     code = "import noflush; noflush.unregister()\nimport deepspeed\nprint(type(deepspeed.PipelineEngine) is type)"
     assert python(code)[1] == ["True"]
+
+
+def test_a_subclass_derives_from_the_host_itself():
+    code = (
+        "import noflush, deepspeed\nfrom deepspeed.runtime.pipe.engine import PipelineEngine as PE\n"
+        "class Mine(deepspeed.PipelineEngine): pass\n"
+        "print(Mine.__mro__[1] is PE, type(Mine) is type, issubclass(Mine, deepspeed.PipelineEngine))"
+    )
+    assert python(code)[1] == ["True True True"]
 
 
 def test_import_alone_is_light():

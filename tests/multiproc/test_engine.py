@@ -200,8 +200,8 @@ def test_counters_rates_monitors_and_the_printed_line(tmp_path):
     files = list(Path(tmp_path).rglob("*.csv"))
     losses = next(f for f in files if "train_loss" in f.name)
     rows = list(csv.reader(losses.open()))
-    # The loss of call n stands at the samples of call n, whenever rank 0 came to know it.
-    assert [int(row[0]) for row in rows[1:]] == [3 * n for n in range(1, 7)]
+    # The loss of call n stands at the samples of call n, whenever rank 0 came to know it; a drain loses none.
+    assert [int(row[0]) for row in rows[1:]] == [3 * n for n in range(1, 10)]
     assert any("bubble" in f.name for f in files)
     assert list(Path(tmp_path).rglob("events.out.tfevents*"))
     from noflush.trace import read
@@ -237,8 +237,11 @@ def test_clip_norm_is_the_stages_own_and_right():
 # ---- evaluation and checkpoints --------------------------------------------------------------------------
 
 
-def train_save_and_go_on(rank, folder, gas):
-    engine = t.build(2, t.ds_config(gas, block={}))
+WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 20}}}
+
+
+def train_save_and_go_on(rank, folder, stages, gas):
+    engine = t.build(stages, t.ds_config(gas, block={}, **WARM_UP))
     it = iter(t.data(gas * 8))
     for call in range(8):
         engine.train_batch(it)
@@ -250,12 +253,19 @@ def train_save_and_go_on(rank, folder, gas):
     return weights, engine.global_steps, engine.global_samples, engine.updates, files
 
 
-def resume(rank, folder, gas):
-    engine = t.build(2, t.ds_config(gas, block={}))
+def resume(rank, folder, stages, gas):
+    from noflush.intake import DataExhausted
+
+    engine = t.build(stages, t.ds_config(gas, block={}, **WARM_UP))
     noise = iter(t.data(3 * gas, seed=77))
     for _ in range(3):
         engine.train_batch(noise)  # loading with micro-batches in flight forgets them
+    if gas > 1:
+        with pytest.raises(DataExhausted):
+            engine.train_batch(iter(t.data(gas - 1, seed=78)))  # and those that were kept for a next call
     engine.load_checkpoint(folder)
+    assert torch.isnan(engine.agg_train_loss)
+    assert engine.loss_step is None
     it = itertools.islice(iter(t.data(gas * 8)), gas * 4, None)
     for _ in range(4):
         engine.train_batch(it)
@@ -284,16 +294,16 @@ def load_in_stock(rank, folder):
     return losses, stock.global_steps
 
 
-@pytest.mark.parametrize("gas", [1, 2])
-def test_resume_is_a_run_that_drained_there(tmp_path, gas):
-    whole = run_ranks(train_save_and_go_on, 2, folder=str(tmp_path), gas=gas)
-    resumed = run_ranks(resume, 2, folder=str(tmp_path), gas=gas)
+@pytest.mark.parametrize(("stages", "gas"), [(2, 1), (2, 2), (4, 2)])
+def test_resume_is_a_run_that_drained_there(tmp_path, stages, gas):
+    whole = run_ranks(train_save_and_go_on, stages, folder=str(tmp_path), stages=stages, gas=gas)
+    resumed = run_ranks(resume, stages, folder=str(tmp_path), stages=stages, gas=gas)
     for (weights, *counts, files), (again, *counts_again, loss_step) in zip(whole, resumed, strict=True):
         assert counts == counts_again == [8, 8 * 3 * gas, 8]
         assert loss_step == 8
         assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
         assert max(files.values()) < 40_000  # a layer's file holds the layer, not the flat storage of the stage
-    if gas == 1:
+    if (stages, gas) == (2, 1):
         for losses, steps in run_ranks(load_in_stock, 2, folder=str(tmp_path)):
             assert losses[0] == losses[1]
             assert steps == 5
@@ -309,6 +319,159 @@ def test_changing_the_batch_size_is_refused():
     assert "set gradient_accumulation_steps in the config and load it again" in message
 
 
+def evaluate_mid_flight(rank):
+    engine = t.build(4, t.ds_config(1, block={}))
+    for tokens, labels in t.data(9):
+        engine.train_batch(iter([(tokens, labels)]))
+    return engine.eval_batch(iter(t.data(1, seed=5))).item(), engine.updates, len(engine._nf_runner.ring.in_flight)
+
+
+def test_evaluation_sees_every_stages_newest_weights_and_leaves_micro_batches_in_flight():
+    from noflush.schedule import Schedule
+    from noflush.simulate import DelaySimulator
+
+    torch.set_num_threads(1)
+    results = run_ranks(evaluate_mid_flight, 4)
+    assert [updates for _, updates, _ in results] == [6, 7, 8, 9]
+    assert [in_flight for _, _, in_flight in results] == [3, 2, 1, 0]
+    # The simulator's stages after 6, 7, 8 and 9 updates, put together to one model.
+    sim = DelaySimulator(t.split_by_blocks(t.layers(), 4), t.next_token_loss, t.torch_nadam, Schedule(4, 1))
+    weights = {}
+    for updates, pair in enumerate(t.data(9), 1):
+        sim.train_micro_batch(*pair)
+        if updates >= 6:
+            weights[updates - 6] = {name: p.clone() for name, p in sim.parameters(updates - 6).items()}
+    x, labels = t.data(1, seed=5)[0]
+    for stage, part in enumerate(t.split_by_blocks(t.layers(), 4)):
+        part.load_state_dict(weights[stage])
+        x = part(x)
+    assert {value for value, _, _ in results} == {t.next_token_loss(x, labels).item()}
+
+
+class Dropping(nn.Module):
+    """Notes in which mode it runs; dropout in a recomputed forward would differ in another mode."""
+
+    modes: list = []  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x):
+        Dropping.modes.append(self.training)
+        return self.linear(x)
+
+
+def drain_in_evaluation_mode(rank):
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    module = PipelineModule(
+        layers=[Dropping(), Dropping()],
+        num_stages=2,
+        loss_fn=nn.functional.mse_loss,
+        partition_method="uniform",
+        activation_checkpoint_interval=1,
+        checkpointable_layers=["Dropping"],
+    )
+    engine, *_ = deepspeed.initialize(model=module, config=t.ds_config(1, block={}))
+    sample = (torch.zeros(2, 16), torch.zeros(2, 16))
+    for _ in range(3):
+        engine.train_batch(iter([sample]))
+    engine.eval()
+    Dropping.modes.clear()
+    engine.drain()
+    return list(Dropping.modes), engine.module.training
+
+
+def test_drain_recomputes_in_training_mode():
+    first, last = run_ranks(drain_in_evaluation_mode, 2)
+    assert first == ([True], False)
+    assert last == ([], False)
+
+
+# ---- what DeepSpeed resolves out of the config -----------------------------------------------------------
+
+
+def train_with_inferred_gas(rank):
+    config = t.ds_config(4, block={})
+    del config["gradient_accumulation_steps"]
+    config["train_batch_size"] = 12
+    engine = t.build(2, config)
+    stream = iter(t.data(20))
+    for _ in range(3):
+        engine.train_batch(stream)
+    return len(list(stream)), engine.updates
+
+
+def test_update_interval_that_deepspeed_infers():
+    """K follows from train_batch_size / (micro-batch size x replicas) where the JSON does not state it."""
+    first, last = run_ranks(train_with_inferred_gas, 2)
+    assert first == (8, 2)
+    assert last == (8, 3)
+
+
+def train_a_part_of_the_weights(rank, optimizer):
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    module = PipelineModule(layers=t.layers(), num_stages=2, loss_fn=t.next_token_loss, partition_method="type:Block")
+    left_out = [p for p in module.parameters() if p.dim() == 1]
+    before = [p.detach().clone() for p in left_out]
+    chosen = [p for p in module.parameters() if p.dim() > 1]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=chosen, config=t.ds_config(1, optimizer, block={}))
+    for pair in t.data(6):
+        engine.train_batch(iter([pair]))
+        assert all(torch.equal(p, q) for p, q in zip(left_out, before, strict=True))
+    engine.drain()
+    assert all(torch.equal(p, q) for p, q in zip(left_out, before, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", [t.NADAMW, t.ADAMW], ids=["ours", "torch's"])
+def test_weights_no_optimizer_owns_stay_as_they_are(optimizer):
+    run_ranks(train_a_part_of_the_weights, 2, optimizer=optimizer)
+
+
+# ---- the way of NCCL: no receive may wait past the end of a call for a message that comes later ----------
+
+
+def train_without_receives_across_calls(rank, stages, gas):
+    from unittest import mock
+
+    with mock.patch("noflush.engine.dist.get_backend", return_value="nccl"):
+        engine = t.build(stages, t.ds_config(gas, block={}))
+    runner = engine._nf_runner
+    history = []
+
+    def state():
+        inboxes = runner.neighbours.activations_in, runner.neighbours.gradients_in
+        outboxes = runner.neighbours.activations_out, runner.neighbours.gradients_out
+        return [i._next if i else 0 for i in inboxes], [o.sent if o else 0 for o in outboxes]
+
+    for call, pair in enumerate(zip(*[iter(t.data(gas * 6))] * gas, strict=True)):
+        engine.train_batch(iter(pair))
+        history.append(state())
+        if call == 3:
+            engine.drain()
+            history.append(state())
+    engine.drain()
+    history.append(state())
+    return history, [p.detach().clone() for p in engine.module.parameters()]
+
+
+@pytest.mark.parametrize(("stages", "gas"), [(4, 1), (2, 4)])
+def test_between_calls_every_send_has_its_receive_and_the_reverse(stages, gas):
+    results = run_ranks(train_without_receives_across_calls, stages, stages=stages, gas=gas)
+    for above, below in itertools.pairwise(results):
+        for (posted_above, sent_above), (posted_below, sent_below) in zip(above[0], below[0], strict=True):
+            assert posted_below[0] == sent_above[0]  # activations
+            assert posted_above[1] == sent_below[1]  # gradients
+    torch.set_num_threads(1)
+    _, weights = t.simulate(stages, gas, 6, t.torch_nadam, drain_after=(4,))
+    for (_, got), want in zip(results, weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 # ---- data parallel ---------------------------------------------------------------------------------------
 
 
@@ -319,6 +482,29 @@ def train_two_pipelines(rank):
     losses = [engine.train_batch(it).item() for _ in range(4)]
     engine.drain()
     return engine.stage_id, losses, [p.detach().clone() for p in engine.module.parameters()]
+
+
+def one_replica_runs_out(rank):
+    from noflush.intake import DataExhausted
+
+    engine = t.build(2, t.ds_config(2, block={}))
+    replica = engine.grid.get_data_parallel_id()
+    it = iter(t.data(4 if replica == 0 else 7))
+    engine.train_batch(it)
+    engine.train_batch(it)
+    try:
+        engine.train_batch(it)
+    except DataExhausted as error:
+        message = str(error)
+    engine.train_batch(iter(t.data(2, seed=3)))
+    engine.drain()
+    return message, engine.updates
+
+
+def test_replicas_stop_together():
+    for rank, (message, updates) in enumerate(run_ranks(one_replica_runs_out, 4)):
+        assert f"after {0 if rank % 2 == 0 else 2} of 2 micro-batches" in message
+        assert updates == 3
 
 
 def test_two_replicas_of_two_stages():
