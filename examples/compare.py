@@ -112,10 +112,16 @@ def summarise(curves, traces):
     equal_time = min(curve[-1]["seconds"] for curve in curves.values())
     # With the flush at most two stages compute at once, so its times are those of a core of one's own.
     costs = costs_of(traces["flush"].events)
+    schedules = {name: Schedule(STAGES, 1, SCHEDULES[name]) for name in curves}
+    predicted = {name: play(schedule, costs) for name, schedule in schedules.items()}
+    retimed = {
+        name: [p | {"seconds": p["step"] * predicted[name].seconds_per_call} for p in curve]
+        for name, curve in curves.items()
+    }
+    equal_time_alone = min(curve[-1]["seconds"] for curve in retimed.values())
     summary = {}
     for name, curve in curves.items():
-        schedule = Schedule(STAGES, 1, SCHEDULES[name])
-        alone = play(schedule, costs)
+        schedule, alone = schedules[name], predicted[name]
         tokens = curve[-1]["tokens"]
         summary[name] = {
             "tokens_per_s": tokens / curve[-1]["seconds"],
@@ -128,6 +134,7 @@ def summarise(curves, traces):
             "predicted_core_a_stage": {
                 "tokens_per_s": tokens / curve[-1]["step"] / alone.seconds_per_call,
                 "bubble": 1 - statistics.mean(alone.utilisation),
+                "val_loss_equal_time": at_time(retimed[name], equal_time_alone),
             },
         }
     summary["equal_time_s"] = equal_time
@@ -153,6 +160,9 @@ def print_table(summary):
             f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in pair
         ],
         "predicted with a core a stage: bubble": [f"{r['predicted_core_a_stage']['bubble']:.1%}" for r in pair],
+        "predicted with a core a stage: loss, equal time": [
+            f"{r['predicted_core_a_stage']['val_loss_equal_time']:.4f}" for r in pair
+        ],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from noflush.schedule import Op
@@ -10,7 +11,7 @@ from noflush.trace import Event
 _COLOURS = {Op.FORWARD: "#4c78a8", Op.BACKWARD: "#59a14f", Op.UPDATE: "#e15759"}
 _LABELS = {Op.FORWARD: "forward", Op.BACKWARD: "backward", Op.UPDATE: "update"}
 _ACTIONS_DRAWN = 24
-_MOST_NUMBERS = 40
+_NARROWEST_WITH_NUMBER = 50
 
 
 def draw_timeline(runs: Sequence[tuple[str, Sequence[Event]]], path: str, window_s: float | None = None) -> None:
@@ -45,14 +46,16 @@ def _draw_run(axes, title: str, events: Sequence[Event], window: float) -> None:
     end = min(max(e.end for e in events if e.stage == s) for s in stages)
     start = end - window
     shown = [e for e in events if e.end > start and e.start < end and e.op in _COLOURS]
-    numbered = sum(e.stage == 0 and e.op is not Op.UPDATE for e in shown) <= _MOST_NUMBERS
+    widths = [e.end - e.start for e in shown if e.op is not Op.UPDATE]
+    # Numbers on all bars or on none: those that happen to be wide would say nothing.
+    numbered = bool(widths) and statistics.median(widths) > window / _NARROWEST_WITH_NUMBER
     for op, colour in _COLOURS.items():
         for stage in stages:
             bars = [(e.start - start, e.end - e.start) for e in shown if e.stage == stage and e.op is op]
             label = _LABELS[op] if stage == stages[0] else None
             axes.broken_barh(bars, (stage - 0.42, 0.84), color=colour, linewidth=0.3, edgecolor="white", label=label)
     for e in shown:
-        if numbered and e.op is not Op.UPDATE and e.end - e.start > window / 60:
+        if numbered and e.op is not Op.UPDATE:
             middle = (e.start + e.end) / 2 - start
             axes.text(
                 middle, e.stage, str(e.index), ha="center", va="center", fontsize=6.5, color="white", clip_on=True
