@@ -1,19 +1,22 @@
-"""DeepSpeed's seam: `deepspeed.initialize` looks up `PipelineEngine` in its module when it is called.
+"""DeepSpeed's seam: `deepspeed.initialize` looks up its engine classes in its module when it is called.
 
-A stand-in takes that name. It builds DeepSpeed's own engine unless the config asks for noflush, and answers
-isinstance and issubclass as the class it stands for, because scripts (Megatron-DeepSpeed's too) ask.
+A stand-in takes the name `PipelineEngine`. It builds DeepSpeed's own engine unless the config asks for noflush,
+and answers isinstance and issubclass as the class it stands for, because scripts (Megatron-DeepSpeed's too) ask.
+Stand-ins for the other engines only refuse an enabled block, which they would silently ignore.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from noflush.config import OLDEST_DEEPSPEED, RunFacts, check_config, check_run
+from noflush.config import OLDEST_DEEPSPEED, ConfigError, RunFacts, check_config, check_run
 
 logger = logging.getLogger("noflush")
 TESTED = ("0.19.8",)
+_ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
 _NEEDED = (
     "_exec_forward_pass",
     "_exec_load_micro_batch",
@@ -33,12 +36,13 @@ class HostChangedError(RuntimeError):
 class _StandIn:
     """Passes for the class it stands for: called, asked, looked into and derived from."""
 
-    def __init__(self, original: type) -> None:
+    def __init__(self, original: type, build: Callable[..., Any]) -> None:
         self.__wrapped__ = original
+        self._build = build
         self.__doc__ = original.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _build(self.__wrapped__, *args, **kwargs)
+        return self._build(self.__wrapped__, *args, **kwargs)
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self.__wrapped__)
@@ -54,27 +58,33 @@ class _StandIn:
 
 
 def patch() -> None:
-    """Puts the stand-in in place. Idempotent. Raises HostChangedError naming what is missing."""
+    """Puts the stand-ins in place. Idempotent. Raises HostChangedError naming what is missing."""
     if is_patched():
         return
     check_host()
     import deepspeed
 
-    original = deepspeed.PipelineEngine
-    deepspeed.PipelineEngine = _StandIn(original)
-    logger.info("noflush: deepspeed.PipelineEngine stands for %s.%s", original.__module__, original.__qualname__)
+    for name in _ENGINES:
+        original = getattr(deepspeed, name, None)
+        if original is not None:
+            build = _build if name == "PipelineEngine" else _refuse_block
+            setattr(deepspeed, name, _StandIn(original, build))
+            logger.info("noflush: deepspeed.%s stands for %s.%s", name, original.__module__, original.__qualname__)
 
 
 def unpatch() -> None:
-    """Puts DeepSpeed's own class back."""
+    """Puts DeepSpeed's own classes back."""
     if is_patched():
         import deepspeed
 
-        deepspeed.PipelineEngine = deepspeed.PipelineEngine.__wrapped__
+        for name in _ENGINES:
+            stand_in = getattr(deepspeed, name, None)
+            if type(stand_in) is _StandIn:
+                setattr(deepspeed, name, stand_in.__wrapped__)
 
 
 def is_patched() -> bool:
-    """True while the stand-in is in place."""
+    """True while the stand-ins are in place."""
     host = sys.modules.get("deepspeed")
     return type(getattr(host, "PipelineEngine", None)) is _StandIn
 
@@ -120,6 +130,19 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     model = kwargs["model"]
     config, schedule = check_run(ds_config, facts_of(model, host_config, kwargs.get("optimizer")))
     return NoFlushEngine(config, schedule, *args, **kwargs)
+
+
+def _refuse_block(original: type, *args: Any, **kwargs: Any) -> Any:
+    host_config = kwargs.get("config_class")
+    if host_config is not None and check_config(host_config._param_dict) is not None:
+        raise ConfigError(
+            [
+                f"async_pipeline is enabled, but the model is a {type(kwargs.get('model')).__name__}, which "
+                f"{original.__name__} trains: it needs a deepspeed.pipe.PipelineModule; make the model one, or take "
+                "the block out"
+            ]
+        )
+    return original(*args, **kwargs)
 
 
 def facts_of(model: Any, host_config: Any, client_optimizer: Any = None) -> RunFacts:

@@ -126,20 +126,23 @@ def measure(rank, args):
     ours = {e: build(args, {"extra_in_flight": e, "trace_dir": args.trace_dir}) for e in extras}
     stock = build(args, None)
     rounds = {e: [] for e in extras} | {"stock": []}
+    actions = {}
     COMPUTE_S.clear()
     for _ in range(args.rounds):
         for e in extras:
             engine, sample = ours[e]
             warm_up = 3 * -(-engine._nf_schedule.lag(0) // args.gas) + 3
             rounds[e].extend(timed(engine, sample, args.calls, warm_up))
+            actions[e] = engine._nf_recorder.take_interval()
             engine.drain()
+            engine._nf_recorder.take_interval()
         rounds["stock"].extend(timed(*stock, max(2, args.calls // 4), 1))
     took = 0.0
     if not args.real and args.forward_ms + args.backward_ms > 0:
         # Forwards and backwards differ in length: split them in the middle.
         middle = (args.forward_ms + args.backward_ms) / 2e3
         took = sum(statistics.median([c for c in COMPUTE_S if (c > middle) is long]) for long in (True, False)) * 1e3
-    return {str(k): v for k, v in rounds.items()}, took
+    return {str(k): v for k, v in rounds.items()}, took, actions[extras[0]]
 
 
 def compute_ms(args):
@@ -203,6 +206,7 @@ def main():
     slowest = {key: max(statistics.median(r[0][key]) for r in per_rank) for key in per_rank[0][0]}
     first, last = str(args.extra_in_flight[0]), str(args.extra_in_flight[-1])
     bound = args.gas * (compute_ms(args) if args.real else args.forward_ms + args.backward_ms)
+    middle = args.stages // 2
     took = args.gas * max(r[1] for r in per_rank)
     result = {
         "no_flush_ms": round(slowest[first], 3),
@@ -220,6 +224,7 @@ def main():
         ),
         "stock_over_no_flush": round(slowest["stock"] / slowest[first], 3),
         "ideal_stock_over_no_flush": (args.gas + args.stages - 1) / args.gas,
+        "mean_ms_an_action": {k: round(v, 3) for k, v in per_rank[middle][2].items() if k != "seconds"},
         "compute": "demo model" if args.real else f"sleep {args.forward_ms:g} + {args.backward_ms:g} ms",
         "stages": args.stages,
         "gas": args.gas,

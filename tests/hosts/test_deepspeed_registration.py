@@ -45,6 +45,7 @@ def test_unregister_puts_the_host_back():
         "import deepspeed; before = deepspeed.PipelineEngine\n"
         "import noflush; assert deepspeed.PipelineEngine is not before\n"
         "noflush.unregister(); noflush.unregister(); print(deepspeed.PipelineEngine is before)\n"
+        "assert type(deepspeed.DeepSpeedEngine) is type\n"
     )
     assert python(code)[1] == ["True"]
 

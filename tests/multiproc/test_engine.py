@@ -432,6 +432,25 @@ def test_weights_no_optimizer_owns_stay_as_they_are(optimizer):
     run_ranks(train_a_part_of_the_weights, 2, optimizer=optimizer)
 
 
+def initialize_without_a_pipeline(rank, block):
+    import deepspeed
+
+    config = t.ds_config(1, t.ADAMW, block)
+    engine, *_ = deepspeed.initialize(model=nn.Linear(4, 4), config=config)
+    assert isinstance(engine, deepspeed.DeepSpeedEngine)
+    engine.backward(engine(torch.ones(3, 4)).sum())
+    engine.step()
+    return type(engine).__name__
+
+
+def test_enabled_block_without_a_pipeline_module_is_refused_and_not_ignored():
+    ((kind, message),) = run_ranks(initialize_without_a_pipeline, 1, expect_errors=True, block={})
+    assert kind == "ConfigError"
+    assert "the model is a Linear, which DeepSpeedEngine trains: it needs a deepspeed.pipe.PipelineModule" in message
+    assert run_ranks(initialize_without_a_pipeline, 1, block={"enabled": False}) == ["DeepSpeedEngine"]
+    assert run_ranks(initialize_without_a_pipeline, 1, block=None) == ["DeepSpeedEngine"]
+
+
 # ---- the way of NCCL: no receive may wait past the end of a call for a message that comes later ----------
 
 
