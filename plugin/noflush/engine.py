@@ -8,7 +8,6 @@ are prefixed ``_nf_``, because DeepSpeed's own class is large and free with name
 from __future__ import annotations
 
 import atexit
-import logging
 import math
 import time
 from collections import OrderedDict
@@ -31,8 +30,12 @@ from noflush.schedule import Schedule
 from noflush.trace import Recorder
 from noflush.versions import WeightRing
 
-logger = logging.getLogger("noflush")
 _CALLS_PER_TRACE_FILE = 200
+
+
+def _say(line: str) -> None:
+    """Prints where DeepSpeed prints its own progress; its logger is silent below warnings by default."""
+    print(line, flush=True)  # noqa: T201
 
 
 class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
@@ -84,12 +87,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         if block.trace_dir:
             atexit.register(self._nf_recorder.write)
         if self.global_rank == 0:
-            logger.info(
-                "noflush: %s, weights %s, update by torch (foreach); lag by stage %s, weight versions by stage %s",
-                schedule.name,
-                schedule.weights,
-                [schedule.lag(s) for s in range(schedule.stages)],
-                [schedule.versions_alive(s) for s in range(schedule.stages)],
+            _say(
+                f"noflush: {schedule.name}, weights {schedule.weights}, update by torch (foreach), "
+                f"lag by stage {[schedule.lag(s) for s in range(schedule.stages)]}, "
+                f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
 
     def _nf_make_runner(self, block: AsyncPipelineConfig) -> StageRunner:
@@ -315,7 +316,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             bubbles=self._nf_known_bubbles(),
             breakdown=interval if self._nf_breakdown else None,
         )
-        print(line, flush=True)  # noqa: T201  (stdout is where DeepSpeed's own progress line goes)
+        _say(line)
 
     def _nf_known_bubbles(self) -> list[float]:
         """Every stage's bubble as last heard from it, this stage's newest."""

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.multiproc
 CLASS_SEEN = "deepspeed.PipelineEngine.__wrapped__.__name__"
 
 
