@@ -100,3 +100,8 @@ def test_doctor(capsys, tmp_path):
     assert "did you mean 'weights'" in " ".join(capsys.readouterr().out.split())
     config.write_text(json.dumps({"async_pipeline": {}, "optimizer": {"type": "AdamW"}}))
     assert main(["doctor", "--config", str(config), "--stages", "4"]) == 0
+    two_versions = {"async_pipeline": {"weights": "2bw"}, "optimizer": {"type": "AdamW"}}
+    config.write_text(json.dumps(two_versions | {"gradient_accumulation_steps": 3}))
+    assert main(["doctor", "--config", str(config), "--stages", "4"]) == 0
+    config.write_text(json.dumps(two_versions | {"gradient_accumulation_steps": 2}))
+    assert main(["doctor", "--config", str(config), "--stages", "4"]) == 1

@@ -76,7 +76,8 @@ def _check_config(console: Console, path: str, stages: int | None) -> bool:
             console.print(f"{path}: no async_pipeline block is enabled; DeepSpeed will run as it is")
             return True
         if stages is not None:
-            check_run(ds_config, RunFacts(stages=stages, layers=stages))
+            gas = ds_config.get("gradient_accumulation_steps", 1)
+            check_run(ds_config, RunFacts(stages=stages, layers=stages, gas=gas))
     except ConfigError as error:
         console.print(str(error))
         return False
