@@ -1,26 +1,62 @@
 """Update rules for weights whose gradients arrive late. Plain torch optimizers; no host.
 
-Both write the next weights out of place when `step_into` is called, so that a stage with several live weight
-versions needs no copy. A stage's delay, in updates, reaches them through `set_stage`.
+A rule keeps hyper-parameters and state; the arithmetic is in `kernels`. `step` updates parameter by parameter, as
+any torch optimizer. `flatten` tells the rule that its parameters lie one after the other in flat tensors; from then
+on `step_flat` updates each of those in one pass, out of place if need be. A stage's delay, in updates, reaches the
+rules through `set_stage`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Targets = Mapping[Tensor, Tensor]
+from noflush.kernels.flat import Flat, Kernel, Outcome
+from noflush.kernels.reference import RULES as ARITHMETIC
+from noflush.kernels.scalars import COEFFICIENTS, Hyper, RuleName, momentum
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """Where some parameters of one group lie in a flat tensor of ``numel`` elements.
+
+    Attributes:
+        group: the optimizer's parameter group.
+        params: as the optimizer knows them.
+        offsets: of each parameter's first element.
+        numel: length of the flat tensor, gaps and padding included.
+    """
+
+    group: dict[str, Any]
+    params: tuple[Tensor, ...]
+    offsets: tuple[int, ...]
+    numel: int
+
+
+@dataclass
+class _FlatState:
+    """A flat group's state, of which every parameter's entry in ``Optimizer.state`` is a view."""
+
+    where: FlatGroup
+    tensors: tuple[Tensor, ...]
+    clock: Tensor
 
 
 class DelayAwareOptimizer(Optimizer):
-    """What the two rules share: out-of-place steps and the stage they serve."""
+    """What the rules share: flat steps, the stage they serve, and Eq 13's two discounts."""
+
+    RULE: ClassVar[RuleName]
+    STATE: ClassVar[tuple[str, ...]]
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self.stage, self.stages, self.delay = 0, 1, 0.0
+        self._flat: list[_FlatState] = []
+        self._clocks: Tensor | None = None
         super().__init__(params, defaults)
 
     def set_stage(self, stage: int, stages: int, delay: float) -> None:
@@ -30,59 +66,161 @@ class DelayAwareOptimizer(Optimizer):
     def forget_weights(self) -> None:
         """Tells the rule that the weights are about to be replaced, by a checkpoint say."""
 
+    # ---- parameter by parameter --------------------------------------------------------------------------
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update in place."""
+        """One update in place of every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_into({})
+        for group in self.param_groups:
+            hyper = self._hyper(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p, hyper, self._dtype(group))
         return loss
 
-    @torch.no_grad()
-    def step_into(self, targets: Targets) -> None:
-        """One update; the next value of parameter p goes to ``targets[p]`` (same shape and dtype), else into p.
+    def _step_one(self, p: Tensor, hyper: Hyper, dtype: torch.dtype | None) -> None:
+        assert p.grad is not None
+        self._check_parameter(p)
+        state = self.state[p]
+        if not state:
+            state["step"], state["mu_product"] = torch.tensor(0.0), torch.ones(())
+            state.update(zip(self.STATE, self._new_state(p, dtype), strict=True))
+        state["step"] += 1
+        step = state["step"].item()
+        state["mu_product"] *= momentum(hyper, step)
+        c = COEFFICIENTS[self.RULE](hyper, step, state["mu_product"].item(), 1.0)
+        tensors = tuple(state[name] for name in self.STATE)
+        ARITHMETIC[self.RULE](p.grad, p, p, tensors, c, False, False, int(step))
 
-        A parameter without a gradient is carried over unchanged.
+    def _check_parameter(self, p: Tensor) -> None:
+        name = type(self).__name__
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(f"{name} does not take sparse gradients; use dense embeddings")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(
+                f"{name} got a parameter of {p.dtype}: it updates float32 weights. Enable bf16 or fp16 in the "
+                "DeepSpeed config, which keeps float32 master weights, in place of converting the module"
+            )
+
+    # ---- flat ---------------------------------------------------------------------------------------------
+
+    def flatten(self, groups: Sequence[FlatGroup], kernel: Kernel) -> None:
+        """Keeps state in flat tensors laid out as ``groups`` say; state there is already is carried over.
+
+        The parameters' dtype is float32; gradients and targets of other dtypes are `step_flat`'s business.
         """
-        for group in self.param_groups:
-            active = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in active):
-                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients; use dense embeddings")
-            for p in group["params"]:
-                if p.grad is None and p in targets:
-                    targets[p].copy_(p)
-            if active:
-                self._update(group, active, [targets.get(p, p) for p in active])
+        for where in groups:
+            for p in where.params:
+                self._check_parameter(p)
+        device = groups[0].params[0].device if groups else torch.device("cpu")
+        self._clocks = torch.zeros((len(groups), 2), device=kernel.clock_device(device))
+        self._clocks[:, 1] = 1.0
+        self._flat = []
+        for where, clock in zip(groups, self._clocks, strict=True):
+            dtype = self._dtype(where.group)
+            empty = where.params[0].detach().new_zeros(where.numel)
+            tensors = tuple(t.zero_() for t in self._new_state(empty, dtype))
+            self._flat.append(_FlatState(where, tensors, clock))
+        self.adopt_state()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], out: list[Tensor]) -> None:
-        raise AssertionError(f"{type(self).__name__} must define _update")
+    def adopt_state(self) -> None:
+        """Moves what `state` holds into the flat tensors, and makes `state` views of them.
 
-    def _momentum(self, group: dict[str, Any], base: float) -> float:
+        For after `state` or the parameters were replaced: state that is missing starts from the parameters as they are.
+        """
+        for flat in self._flat:
+            for p, offset in zip(flat.where.params, flat.where.offsets, strict=True):
+                views = [t[offset : offset + p.numel()].view(p.shape) for t in flat.tensors]
+                state = self.state[p]
+                for view, name, fresh in zip(views, self.STATE, self._new_state(p, None), strict=True):
+                    view.copy_(state.get(name, fresh))
+                if state:
+                    flat.clock[0] = state["step"]
+                    flat.clock[1] = state.get("mu_product", 1.0)
+                self.state[p] = {"step": flat.clock[0], "mu_product": flat.clock[1]}
+                self.state[p].update(zip(self.STATE, views, strict=True))
+
+    @torch.no_grad()
+    def step_flat(
+        self,
+        kernel: Kernel,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        master: bool,
+        norm: Tensor,
+        max_norm: float = 0.0,
+        scale: Tensor | float = 1.0,
+    ) -> Outcome:
+        """One update of every flat group, in the order of `flatten`; clears the gradients.
+
+        Args:
+            kernel: that `flatten` was told of.
+            gradients: flat, of any floating dtype, scaled by ``scale``.
+            weights: flat float32.
+            targets: flat; the next weight version.
+            master: whether the weights are kept apart from the model's, and so updated in place; else only read.
+            norm: of all gradients, all shards', still scaled: 0-dim float32.
+            max_norm: clips the unscaled norm to so much; 0 clips nothing.
+            scale: the loss scale.
+
+        A norm that is not finite skips the update: state and weights stay, and the targets get the same weights.
+        """
+        flats = [
+            Flat(g, w, t, state.tensors, state.clock, self._hyper(state.where.group), master)
+            for g, w, t, state in zip(gradients, weights, targets, self._flat, strict=True)
+        ]
+        return kernel.update(self.RULE, flats, norm, max_norm, scale)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; flat state takes the loaded values over."""
+        super().load_state_dict(state_dict)
+        self.adopt_state()
+
+    # ---- what a rule defines ------------------------------------------------------------------------------
+
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        raise AssertionError(f"{type(self).__name__} must define _hyper")
+
+    def _new_state(self, p: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        """State of a parameter before its first update; moments of ``dtype``."""
+        kind = dtype or p.dtype
+        return tuple(torch.zeros_like(p, dtype=kind, memory_format=torch.preserve_format) for _ in self.STATE)
+
+    def _dtype(self, group: dict[str, Any]) -> torch.dtype | None:
+        return torch.bfloat16 if group.get("moments") == "bf16" else None
+
+    def _stage_momentum(self, group: dict[str, Any], base: float) -> float:
         """Eq 13: gamma_i = 0.9 + 0.09 (P - i) / P for 1-indexed stage i, in place of ``base`` if asked for."""
         if not group["stage_momentum"]:
             return base
         return 0.9 + 0.09 * (self.stages - 1 - self.stage) / self.stages
-
-    def _learning_rate(self, group: dict[str, Any], step: float) -> float:
-        """Eq 13: eta / max(1, delay)^rho, where rho falls from 1 to 0 over ``lr_discount_steps`` updates."""
-        lr = float(group["lr"])
-        horizon = group["lr_discount_steps"]
-        if not horizon or self.delay <= 1:
-            return lr
-        rho = 1.0 - min((step - 1) / horizon, 1.0)
-        return lr / float(self.delay**rho)
 
 
 def _check(rules: Iterable[tuple[str, Any, bool, str]]) -> None:
     for name, value, holds, rule in rules:
         if not holds:
             raise ValueError(f"{name} is {value!r}: it must be {rule}")
+
+
+def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, moments: str) -> None:
+    _check(
+        [
+            ("lr", lr, lr >= 0, "0 or more"),
+            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+            ("eps", eps, eps >= 0, "0 or more"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("moments", moments, moments in ("fp32", "bf16"), "fp32 or bf16"),
+        ]
+    )
 
 
 class DelayAwareNAdamW(DelayAwareOptimizer):
@@ -95,7 +233,7 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
     bit for bit in float32 on a CPU, and their state dicts are interchangeable.
 
     Args:
-        params: parameters or groups, as any torch optimizer takes; dense, floating point.
+        params: parameters or groups, as any torch optimizer takes; dense, float32 (their masters, in mixed precision).
         lr: learning rate, >= 0.
         betas: (beta1, beta2), each in [0, 1). The paper's beta1 is 0.99.
         eps: >= 0.
@@ -106,10 +244,14 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
         stage_momentum: Eq 13's momentum by stage, 0.9 to 0.99, in place of beta1. Meant for weights ``latest``.
         lr_discount_steps: Eq 13's learning-rate discount ``lr / delay^rho`` with rho falling from 1 to 0 over so
             many updates; 0 for none. Meant for weights ``latest``.
+        moments: ``"fp32"``, or ``"bf16"``: both moments in bfloat16, rounded stochastically; 4 bytes a parameter less.
 
     Raises:
         ValueError: a value outside its range.
     """
+
+    RULE = "nadamw"
+    STATE = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -122,20 +264,14 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
         momentum_schedule: Literal["nadam", "constant"] = "nadam",
         stage_momentum: bool = False,
         lr_discount_steps: int = 0,
+        moments: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
+        _check_adam(lr, betas, eps, weight_decay, moments)
+        schedules = ("nadam", "constant")
         _check(
             [
-                ("lr", lr, lr >= 0, "0 or more"),
-                ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
-                ("eps", eps, eps >= 0, "0 or more"),
-                ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
                 ("momentum_decay", momentum_decay, momentum_decay >= 0, "0 or more"),
-                (
-                    "momentum_schedule",
-                    momentum_schedule,
-                    momentum_schedule in ("nadam", "constant"),
-                    "nadam or constant",
-                ),
+                ("momentum_schedule", momentum_schedule, momentum_schedule in schedules, "nadam or constant"),
                 ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
                 ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]
@@ -151,54 +287,61 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
                 "momentum_schedule": momentum_schedule,
                 "stage_momentum": stage_momentum,
                 "lr_discount_steps": lr_discount_steps,
+                "moments": moments,
             },
         )
 
-    def _mu(self, group: dict[str, Any], beta1: float, step: float) -> float:
-        if group["momentum_schedule"] == "constant":
-            return beta1
-        return float(beta1 * (1.0 - 0.5 * (0.96 ** (step * group["momentum_decay"]))))
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        return Hyper(
+            lr=float(group["lr"]),
+            beta1=self._stage_momentum(group, group["betas"][0]),
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            momentum_decay=group["momentum_decay"],
+            fixed_momentum=float(group["momentum_schedule"] == "constant"),
+            discount_steps=float(group["lr_discount_steps"]),
+            delay=self.delay,
+        )
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], out: list[Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "mu_product": torch.ones((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-                }
-        beta1 = self._momentum(group, group["betas"][0])
-        beta2 = group["betas"][1]
-        grads = [p.grad for p in params if p.grad is not None]
-        state = [self.state[p] for p in params]
-        exp_avg = [s["exp_avg"] for s in state]
-        exp_avg_sq = [s["exp_avg_sq"] for s in state]
 
-        torch._foreach_add_([s["step"] for s in state], 1.0)
-        steps = [s["step"].item() for s in state]
-        mus = [self._mu(group, beta1, step) for step in steps]
-        for s, mu in zip(state, mus, strict=True):
-            s["mu_product"] *= mu
-        products = [s["mu_product"].item() for s in state]
-        rates = [self._learning_rate(group, step) for step in steps]
+class PipeDreamAdamW(DelayAwareOptimizer):
+    """AdamW through the fused kernels: PipeDream's optimizer, the baseline without any correction of the delay.
 
-        # The decay reads the current weights and writes the next ones: the pass that needs no copy.
-        for p, target, lr in zip(params, out, rates, strict=True):
-            torch.mul(p, 1 - lr * group["weight_decay"], out=target)
-        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sq, beta2)
-        torch._foreach_addcmul_(exp_avg_sq, grads, grads, value=1 - beta2)
-        denom = torch._foreach_div(exp_avg_sq, [1 - beta2**step for step in steps])
-        torch._foreach_sqrt_(denom)
-        torch._foreach_add_(denom, group["eps"])
-        of_gradient, of_momentum = [], []
-        for step, mu, product, lr in zip(steps, mus, products, rates, strict=True):
-            mu_next = self._mu(group, beta1, step + 1)
-            of_gradient.append(-lr * (1.0 - mu) / (1.0 - product))
-            of_momentum.append((-lr * mu_next) / (1.0 - product * mu_next))
-        torch._foreach_addcdiv_(out, grads, denom, of_gradient)
-        torch._foreach_addcdiv_(out, exp_avg, denom, of_momentum)
+    At equal settings it equals ``torch.optim.AdamW`` bit for bit in float32 on a CPU (Loshchilov and Hutter, ICLR
+    2019; used with weight stashing as in Narayanan et al., SOSP 2019).
+
+    Args:
+        params: parameters or groups; dense, float32 (their masters, in mixed precision).
+        lr: learning rate, >= 0.
+        betas: (beta1, beta2), each in [0, 1).
+        eps: >= 0.
+        weight_decay: decoupled, >= 0.
+        moments: ``"fp32"``, or ``"bf16"``, rounded stochastically.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    RULE = "adamw"
+    STATE = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        moments: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        _check_adam(lr, betas, eps, weight_decay, moments)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "moments": moments}
+        super().__init__(params, defaults)
+
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        beta1, beta2 = group["betas"]
+        return Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"])
 
 
 class DelayAwareNAG(DelayAwareOptimizer):
@@ -213,7 +356,7 @@ class DelayAwareNAG(DelayAwareOptimizer):
     state (key ``weight``, shape and dtype of the parameter). Weight decay is decoupled.
 
     Args:
-        params: parameters or groups; dense, floating point.
+        params: parameters or groups; dense, float32 (their masters, in mixed precision).
         lr: learning rate, >= 0.
         momentum: gamma in [0, 1); 0.99 is the paper's regime.
         weight_decay: decoupled, >= 0.
@@ -225,6 +368,9 @@ class DelayAwareNAG(DelayAwareOptimizer):
         ValueError: a value outside its range.
     """
 
+    RULE = "nag"
+    STATE = ("weight",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -235,17 +381,13 @@ class DelayAwareNAG(DelayAwareOptimizer):
         stage_momentum: bool = False,
         lr_discount_steps: int = 0,
     ) -> None:
+        schedules = ("constant", "theorem")
         _check(
             [
                 ("lr", lr, lr >= 0, "0 or more"),
                 ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
                 ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-                (
-                    "momentum_schedule",
-                    momentum_schedule,
-                    momentum_schedule in ("constant", "theorem"),
-                    "constant or theorem",
-                ),
+                ("momentum_schedule", momentum_schedule, momentum_schedule in schedules, "constant or theorem"),
                 ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
                 ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]
@@ -265,32 +407,27 @@ class DelayAwareNAG(DelayAwareOptimizer):
     def forget_weights(self) -> None:
         """The drift from the old weights to the new ones is no momentum: starts from the new ones."""
         self.state.clear()
+        for flat in self._flat:
+            flat.clock[0], flat.clock[1] = 0.0, 1.0
 
-    def _gamma(self, group: dict[str, Any], step: float) -> float:
-        if group["momentum_schedule"] == "theorem":
-            return max(0.0, (step - 2) / step)
-        return self._momentum(group, group["momentum"])
+    def _new_state(self, p: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        # Before the first update there is no drift to look ahead along: d_1 = 0 and p is w_1.
+        return (p.detach().clone(),)
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], out: list[Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                # Before the first update there is no drift to look ahead along: d_1 = 0 and p is w_1.
-                self.state[p] = {"step": torch.tensor(0.0), "weight": p.detach().clone()}
-        state = [self.state[p] for p in params]
-        torch._foreach_add_([s["step"] for s in state], 1.0)
-        for p, target, s in zip(params, out, state, strict=True):
-            step, weight = s["step"].item(), s["weight"]
-            lr = self._learning_rate(group, step)
-            torch.mul(p, 1 - lr * group["weight_decay"], out=target)
-            assert p.grad is not None
-            target.add_(p.grad, alpha=-lr * (1 - self._gamma(group, step)))
-            drift = target - weight
-            weight.copy_(target)
-            target.add_(drift, alpha=self._gamma(group, step + 1))
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        return Hyper(
+            lr=float(group["lr"]),
+            beta1=self._stage_momentum(group, group["momentum"]),
+            weight_decay=group["weight_decay"],
+            fixed_momentum=float(group["momentum_schedule"] == "constant"),
+            discount_steps=float(group["lr_discount_steps"]),
+            delay=self.delay,
+        )
 
 
 RULES: dict[str, type[DelayAwareOptimizer]] = {
     "DelayAwareNAdamW": DelayAwareNAdamW,
     "DelayAwareNAG": DelayAwareNAG,
+    "PipeDreamAdamW": PipeDreamAdamW,
 }
 """Name in the JSON's ``optimizer.type`` to class."""

@@ -1,0 +1,76 @@
+"""Which kernel a run uses, and why: said once, at its start."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from noflush.kernels.device import TritonKernel
+    from noflush.kernels.host import HostKernel
+
+# Elements a stage. Below, compiling costs more seconds than it saves in thousands of updates.
+WORTH_COMPILING = 4_000_000
+
+
+class KernelError(ValueError):
+    """The kernel asked for cannot run here; says why and what can."""
+
+
+def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel | TritonKernel, str]:
+    """The kernel for ``kernel`` (auto, triton, compile or torch) and the reason, for people.
+
+    Args:
+        kernel: what the user asked for.
+        device: where the stage's weights live.
+        elements: how many weights this rank updates.
+
+    Raises:
+        KernelError: asked for one that cannot run here.
+    """
+    from noflush.kernels.host import CompiledKernel, HostKernel
+
+    if kernel == "torch":
+        return HostKernel(), "as configured"
+    if kernel == "compile":
+        if device.type == "cpu" and not _cpu_compiler():
+            raise KernelError(
+                "kernel 'compile' needs a C++ compiler for the CPU, and neither $CXX, g++ nor clang++ was found: "
+                "install one, or use kernel 'torch'"
+            )
+        return CompiledKernel(), "as configured"
+    lacking = _triton_lacks(device)
+    if kernel == "triton":
+        if lacking:
+            raise KernelError(f"kernel 'triton' cannot run here: {lacking}; use 'compile', 'torch' or 'auto'")
+        return _triton(device), "as configured"
+    if device.type != "cpu":
+        return (HostKernel(), f"no Triton: {lacking}") if lacking else (_triton(device), "the fused kernel for GPUs")
+    if elements < WORTH_COMPILING:
+        return HostKernel(), f"{elements:,} weights on a CPU: not worth compiling for"
+    if not _cpu_compiler():
+        return HostKernel(), "no C++ compiler found to compile with"
+    return CompiledKernel(), f"{elements:,} weights on a CPU: torch.compile"
+
+
+def _triton(device: torch.device) -> TritonKernel:
+    from noflush.kernels.device import TritonKernel
+
+    return TritonKernel(device)
+
+
+def _triton_lacks(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "its kernels need a GPU (on a CPU only Triton's interpreter runs them: TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def _cpu_compiler() -> bool:
+    named = os.environ.get("CXX")
+    return any(shutil.which(c) for c in ([named] if named else []) + ["g++", "clang++"])
