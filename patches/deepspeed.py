@@ -70,6 +70,10 @@ def patch() -> None:
             build = _build if name == "PipelineEngine" else _refuse_block
             setattr(deepspeed, name, _StandIn(original, build))
             logger.info("noflush: deepspeed.%s stands for %s.%s", name, original.__module__, original.__qualname__)
+    from noflush.optim import RULES
+
+    # Not to be warned of as untested under ZeRO-1: noflush's tests hold them there.
+    _zero_optimizers().extend(RULES.values())
 
 
 def unpatch() -> None:
@@ -81,6 +85,17 @@ def unpatch() -> None:
             stand_in = getattr(deepspeed, name, None)
             if type(stand_in) is _StandIn:
                 setattr(deepspeed, name, stand_in.__wrapped__)
+        from noflush.optim import RULES
+
+        known = _zero_optimizers()
+        known[:] = [optimizer for optimizer in known if optimizer not in RULES.values()]
+
+
+def _zero_optimizers() -> list[type]:
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    found: list[type] = ZERO_SUPPORTED_OPTIMIZERS
+    return found
 
 
 def is_patched() -> bool:

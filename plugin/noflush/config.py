@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from noflush.schedule import Schedule, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
-OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG")
+OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG", "PipeDreamAdamW")
 OLDEST_DEEPSPEED = (0, 19, 3)
 
 
@@ -49,8 +49,9 @@ class AsyncPipelineConfig:
     clip: Literal["stage"] = "stage"
     """How ``gradient_clipping`` is applied: each stage clips by the norm of its own gradients."""
 
-    kernel: Literal["auto", "torch"] = "auto"
-    """What computes the update: ``torch`` (foreach operations). ``auto`` chooses; today that is ``torch``."""
+    kernel: Literal["auto", "triton", "compile", "torch"] = "auto"
+    """What computes the update of noflush's own optimizers: ``triton`` (one fused pass; GPUs), ``compile``
+    (`torch.compile` of the reference), ``torch`` (the reference itself). ``auto`` chooses and says what and why."""
 
     trace_dir: str | None = None
     """Folder for one trace file a rank (the newest events only); None writes none."""
@@ -58,6 +59,13 @@ class AsyncPipelineConfig:
     peer_timeout_s: float = 1800.0
     """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both.
     A neighbour's own work between calls (evaluation, data) counts; one that died is noticed at once."""
+
+    max_skipped_updates: int = 100
+    """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
+    ends. fp16 skips a few while its first loss scale falls."""
+
+    stop_dir: str | None = None
+    """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,12 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
             "to deepspeed.initialize"
         )
+    named = _at(ds_config, "optimizer", "type")
+    if config and config.kernel in ("triton", "compile") and named not in (None, *OUR_OPTIMIZERS):
+        faults.append(
+            f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
+            f"choose one of {', '.join(OUR_OPTIMIZERS)}"
+        )
     schedule = None
     if not faults and config is not None:
         try:
@@ -172,8 +186,6 @@ _LATER = {
         "without a flush the stages' gradients belong to different batches, so there is no global norm to clip by; "
         "use 'stage'"
     ),
-    ("kernel", "triton"): "the fused Triton update comes later; use 'auto' or 'torch'",
-    ("kernel", "compile"): "the compiled update comes later; use 'auto' or 'torch'",
 }
 
 
@@ -196,6 +208,8 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
         faults.append(f"{BLOCK}.extra_in_flight is {config.extra_in_flight}: it must be 0 or more")
     if not config.peer_timeout_s > 0:
         faults.append(f"{BLOCK}.peer_timeout_s is {config.peer_timeout_s}: it must be more than 0 seconds")
+    if config.max_skipped_updates < 1:
+        faults.append(f"{BLOCK}.max_skipped_updates is {config.max_skipped_updates}: it must be 1 or more")
     return faults
 
 
@@ -232,23 +246,16 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     if zero in (2, 3):
         faults.append(
             f"zero_optimization.stage is {zero}: ZeRO-2 and ZeRO-3 shard what a pipeline stage needs whole between "
-            "micro-batches (DeepSpeed's pipeline refuses them too); use stage 0"
+            "micro-batches (DeepSpeed's pipeline refuses them too); use stage 0 or 1"
         )
-    elif zero not in (None, 0):
-        faults.append(
-            f"zero_optimization.stage is {zero!r}: ZeRO-1 under noflush comes with the fused update; use stage 0"
-        )
-    for section in ("fp16", "bf16", "bfloat16"):
-        if _at(ds, section, "enabled"):
+    elif zero not in (None, 0, 1):
+        faults.append(f"zero_optimization.stage is {zero!r}: it must be 0 or 1")
+    faults += _faults_of_precision(ds, zero or 0)
+    for key in ("offload_optimizer", "offload_param", "zenflow"):
+        if _at(ds, "zero_optimization", key):
             faults.append(
-                f"{section}.enabled is {ds[section]['enabled']!r}: mixed precision comes with the fused update; "
-                "train in float32, or take the block out to train in this precision with a flush"
+                f"zero_optimization.{key} is set: the next weight version is written on the device; take it out"
             )
-    if _at(ds, "torch_autocast", "enabled"):
-        faults.append("torch_autocast.enabled is true: mixed precision comes with the fused update; switch it off")
-    accumulate = _at(ds, "data_types", "grad_accum_dtype")
-    if accumulate not in (None, "fp32"):
-        faults.append(f"data_types.grad_accum_dtype is {accumulate!r}: gradients are accumulated in fp32")
     if _at(ds, "curriculum_learning", "enabled") or _at(ds, "data_efficiency", "enabled"):
         faults.append(
             "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; "
@@ -264,6 +271,44 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
             "choose DelayAwareNAdamW, AdamW or another one-gradient method"
         )
     return faults
+
+
+_ACCUMULATE = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+
+
+def _faults_of_precision(ds: Mapping[str, Any], zero: int) -> list[str]:
+    """What DeepSpeed has no optimizer for, or one that noflush cannot redirect."""
+    faults = []
+    low = "fp16" if _at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "fp32"
+    named = _at(ds, "data_types", "grad_accum_dtype")
+    accumulate = low if named is None else _ACCUMULATE.get(str(named))
+    if low == "fp16" and zero == 0:
+        faults.append(
+            "fp16.enabled is true with ZeRO stage 0: under noflush fp16's master weights are kept by ZeRO-1, which "
+            'costs nothing on one data-parallel rank; set "zero_optimization": {"stage": 1}'
+        )
+    if low == "bf16" and accumulate == "fp32" and zero == 0:
+        faults.append(
+            "data_types.grad_accum_dtype is 'fp32' with bf16 and ZeRO stage 0, which DeepSpeed has no optimizer for; "
+            'set "zero_optimization": {"stage": 1}'
+        )
+    elif accumulate not in {"fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("fp16",)}[low]:
+        allowed = "'bf16' or 'fp32'" if low == "bf16" else repr(low)
+        faults.append(f"data_types.grad_accum_dtype is {named!r}: weights in {low} accumulate in {allowed}")
+    for section, key in (
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+    ):
+        if _at(ds, section, key):
+            faults.append(f"{section}.{key} is true: noflush keeps float32 master weights; take it out")
+    if _at(ds, "torch_autocast", "enabled"):
+        faults.append("torch_autocast.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
+    return faults
+
+
+def _bf16(ds: Mapping[str, Any]) -> bool:
+    return bool(_at(ds, "bf16", "enabled") or _at(ds, "bfloat16", "enabled"))
 
 
 def _faults_of_facts(facts: RunFacts) -> list[str]:
@@ -288,8 +333,8 @@ def _faults_of_facts(facts: RunFacts) -> list[str]:
         faults.append(
             f"tensor parallel size {facts.tensor_parallel}: tensor parallelism comes with the Megatron launcher; use 1"
         )
-    if facts.zero_stage:
-        faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0")
+    if facts.zero_stage > 1:
+        faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0 or 1")
     if facts.dynamic_shape:
         faults.append(
             "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; pad to one shape"

@@ -22,11 +22,17 @@ from torch import Tensor
 from noflush.channels import TensorSpec, connect
 from noflush.config import AsyncPipelineConfig
 from noflush.deadlock import prove
+from noflush.guard import UpdateGuard
+from noflush.host_weights import weights_of
 from noflush.intake import Intake
+from noflush.kernels.choice import choose
+from noflush.loss_scale import TravellingScale
 from noflush.optim import RULES, DelayAwareOptimizer
 from noflush.progress import progress_line
+from noflush.report import ReportLayout
 from noflush.runner import Payload, StageRunner
 from noflush.schedule import Schedule
+from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate
 from noflush.trace import Recorder
 from noflush.versions import WeightRing
 
@@ -59,6 +65,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     total_loss: Any
     total_additional_losses: Any
     micro_batches: int
+    _nf_scale: Tensor | float | None
+    _nf_scale_owner: TravellingScale | None
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         prove(schedule)
@@ -77,18 +85,21 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_bubbles = [math.nan] * schedule.stages
         self._nf_updated = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
+        self._nf_layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
         self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
+        self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group())
         self._nf_runner = self._nf_make_runner(block)
         self._nf_intake = self._nf_make_intake(block)
-        if isinstance(self.optimizer, DelayAwareOptimizer):
-            self.optimizer.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
+        self._nf_update, updated_by = self._nf_make_update(block)
+        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, self._nf_layout)
+        self._nf_restart_scale()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         if block.trace_dir:
             atexit.register(self._nf_recorder.write)
         if self.global_rank == 0:
             _say(
-                f"noflush: {schedule.name}, weights {schedule.weights}, update by torch (foreach), "
+                f"noflush: {schedule.name}, weights {schedule.weights}, update by {updated_by}, "
                 f"lag by stage {[schedule.lag(s) for s in range(schedule.stages)]}, "
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
@@ -96,8 +107,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_make_runner(self, block: AsyncPipelineConfig) -> StageRunner:
         schedule, stage = self._nf_schedule, self.stage_id
         # What no optimizer updates has one version for ever, and stays where it is.
-        owned = [p for group in self.optimizer.param_groups for p in group["params"]]
-        ring = WeightRing(owned, schedule.versions_alive(stage), stash=schedule.weights != "latest")
+        weights = self._nf_weights
+        stash = schedule.weights != "latest"
+        ring = WeightRing(weights.layouts, schedule.versions_alive(stage), stash, home=weights.home)
         drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
         neighbours = connect(
             pipelines=self.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
@@ -106,8 +118,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             device=torch.device(self.device),
             timeout_s=block.peer_timeout_s,
         )
-        # A loss for the batch, the module's additional losses, and every stage's measured bubble.
-        words = 1 + len(self._nf_loss_names) + schedule.stages
         return StageRunner(
             schedule,
             stage,
@@ -115,9 +125,22 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             neighbours,
             work=self,
             recorder=self._nf_recorder,
-            report=TensorSpec((words,), torch.float64, False),
+            report=TensorSpec((self._nf_layout.words,), torch.float64, False),
             post_across_calls=dist.get_backend() == "gloo",
         )
+
+    def _nf_make_update(self, block: AsyncPipelineConfig) -> tuple[StageUpdate, str]:
+        """How this stage updates, and a line about it."""
+        weights, rule = self._nf_weights, self._nf_weights.rule
+        if not isinstance(rule, DelayAwareOptimizer):
+            return HostUpdate(weights, self, self.gradient_clipping()), f"{type(rule).__name__} through DeepSpeed"
+        schedule = self._nf_schedule
+        rule.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
+        count = sum(m.numel() for m in weights.masters(self._nf_runner.ring.newest_flats))
+        kernel, reason = choose(block.kernel, torch.device(self.device), count)
+        predivide = self.gradient_predivide_factor() if self.postscale_gradients() else float(self.dp_world_size)
+        update = FusedUpdate(weights, kernel, self.gradient_clipping(), self.communication_data_type, predivide)
+        return update, f"kernel {kernel.name} ({'; '.join(filter(None, (reason, update.tuned)))})"
 
     def _nf_make_intake(self, block: AsyncPipelineConfig) -> Intake:
         neighbours = self._nf_runner.neighbours
@@ -170,7 +193,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         start = time.perf_counter_ns()
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message)
+        self._nf_open_call()
         self.module.train()
         self._compute_loss = True
         self.fwd_outputs: list[Any] = []
@@ -183,6 +206,20 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_after_call()
         return self.agg_train_loss.clone()
 
+    def _nf_open_call(self) -> None:
+        """Agrees with the other stages on the call, and hears what they have to tell."""
+        guard = self._nf_guard
+        notices = guard.notices(before=self.global_steps - 1, report=self._nf_report)
+        self.skipped_steps = guard.skips.total
+        notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
+        if notices.stopped_by is not None:
+            path, tag = guard.stop_dir(), f"stopped_global_step{self.global_steps}"
+            self.save_checkpoint(path, tag=tag, save_latest=False)
+            raise guard.error(notices.stopped_by, f"{path}/{tag}")
+        if self._nf_scale_owner is not None:
+            for batch in notices.overflows:
+                self._nf_scale_owner.hear(batch)
+
     def drain(self) -> None:
         """Finishes every micro-batch in flight. Collective: call it on all ranks.
 
@@ -193,6 +230,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.module.train()
         self._nf_runner.drain()
         self.module.train(was_training)
+        # DeepSpeed's checkpoints and its views of master weights expect the weights where it put them.
+        self._nf_runner.ring.go_home()
+        self._nf_weights.point_at(self._nf_runner.ring.newest_flats)
         self._nf_recorder.write()
         self._nf_write_events()
 
@@ -213,8 +253,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
         """Backward of one micro-batch (for the runner)."""
         if gradients is None:
+            if self._nf_scale_owner is not None and self._nf_scale is None:
+                self._nf_scale = self._nf_scale_owner.begin(self._nf_runner.ring.newest)
             super()._exec_backward_pass(buffer)
         else:
+            if self.using_bf16_optimizer:
+                self.optimizer.clear_lp_grads()
             outputs = self.pipe_buffers["outputs"][buffer]
             tensors = outputs if isinstance(outputs, tuple) else (outputs,)
             # DeepSpeed's hooks take a backward outside this flag for a user's mistake.
@@ -224,6 +268,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 torch.autograd.backward([t for t in tensors if t.requires_grad], gradients)
             finally:
                 self._running_engine_backward = False
+            if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
+                self.optimizer.update_hp_grads(clear_lp_grads=False)
         for kind in ("outputs", "output_tensors", "labels"):
             self.pipe_buffers[kind][buffer] = None
         if self.is_first_stage():
@@ -238,13 +284,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def run_update(self) -> None:
         """One optimizer update of this stage (for the runner): reduce, clip, next version, learning rate."""
-        if self.is_data_parallel:
-            self._exec_reduce_grads()
-        if self.gradient_clipping() > 0.0:
-            parameters = [p for p in self.module.parameters() if p.requires_grad]
-            self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clipping())
-        self._nf_runner.ring.update(self.optimizer)
-        self.zero_grad()
+        ring = self._nf_runner.ring
+        outcome = self._nf_update.run(ring, 1.0 if self._nf_scale is None else self._nf_scale)
+        self._global_grad_norm = outcome.norm
+        self._nf_guard.skips.note(self.global_steps, ring.newest, outcome)
+        self._nf_scale = None
         self._nf_updated = True
         if self.global_rank == 0 and self.monitor.enabled:
             samples = self._nf_runner.updates * self._nf_samples_per_call
@@ -257,12 +301,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def make_report(self, received: Tensor | None) -> Tensor:
         """The loss of a finished batch and the stages' bubbles, on their way up (for the runner)."""
-        losses = 1 + len(self._nf_loss_names)
+        layout, skips = self._nf_layout, self._nf_guard.skips
         if received is None:
-            received = torch.full((losses + self.num_stages,), math.nan, dtype=torch.float64, device=self.device)
-            received[:losses] = self._nf_batch_losses()
+            received = torch.full((layout.words,), math.nan, dtype=torch.float64, device=self.device)
+            received[: layout.losses] = self._nf_batch_losses()
+            received[layout.scale] = 1.0 if self._nf_scale is None else self._nf_scale
         report = received.clone()
-        report[losses + self.stage_id] = self._nf_bubbles[self.stage_id]
+        report[layout.bubbles][self.stage_id] = self._nf_bubbles[self.stage_id]
+        report[layout.skipped][self.stage_id] = skips.total
+        report[layout.in_a_row][self.stage_id] = skips.in_a_row
+        if self.fp16_enabled():
+            self._nf_scale = report[layout.scale]
         self._nf_learn(report)
         return report
 
@@ -321,7 +370,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_known_bubbles(self) -> list[float]:
         """Every stage's bubble as last heard from it, this stage's newest."""
         if self._nf_report is not None:
-            heard = self._nf_report[-self.num_stages :].tolist()
+            heard = self._nf_report[self._nf_layout.bubbles].tolist()
             mine = self._nf_bubbles[self.stage_id]
             self._nf_bubbles = heard
             self._nf_bubbles[self.stage_id] = mine
@@ -354,10 +403,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.total_loss = self.total_additional_losses = None
             self.module.train(was_training)
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`: on every rank; the checkpoint loads in stock DeepSpeed."""
         self.drain()
-        return super().save_checkpoint(*args, **kwargs)
+        self._nf_guard.saved_to = save_dir
+        return super().save_checkpoint(save_dir, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
@@ -365,12 +415,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
         """
         self.drain()
-        if isinstance(self.optimizer, DelayAwareOptimizer):
-            self.optimizer.forget_weights()
+        rule = self._nf_weights.rule
+        if isinstance(rule, DelayAwareOptimizer):
+            rule.forget_weights()
         result = super().load_checkpoint(*args, **kwargs)
+        if isinstance(rule, DelayAwareOptimizer):
+            rule.adopt_state()
         self._nf_runner.ring.restart(self.global_steps)
         self._nf_runner.restart(self.global_steps * self.micro_batches)
         self._nf_intake.clear()
+        self._nf_guard.restart(self.skipped_steps)
+        self._nf_restart_scale()
         self._nf_loss_step = self._nf_report = None
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
@@ -386,7 +441,19 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             "checkpoint, set gradient_accumulation_steps in the config and load it again"
         )
 
+    def _nf_restart_scale(self) -> None:
+        """The last stage takes the loss scaler over from DeepSpeed's optimizer, which a checkpoint replaces."""
+        self._nf_scale = None
+        self._nf_scale_owner = None
+        if self.fp16_enabled() and self.is_last_stage():
+            self._nf_scale_owner = TravellingScale(self.optimizer.loss_scaler, self._nf_guard.horizon)
+
     # ---- optimizers --------------------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> Tensor | None:
+        """Norm of this stage's gradients at its newest update, unscaled and before clipping: 0-dim; None before any."""
+        norm = self._global_grad_norm
+        return norm.clone() if isinstance(norm, Tensor) else None
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name in RULES or bool(super()._is_supported_optimizer(optimizer_name))

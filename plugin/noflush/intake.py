@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from noflush.channels import ControlIn, ControlOut, PeerError
 
 class DataExhausted(StopIteration):
     """The data iterator ended before a call had its K micro-batches. Raised on every stage, nothing lost."""
+
+
+@dataclass(frozen=True)
+class Notices:
+    """What travels down the pipeline with a call's header besides the header itself.
+
+    Attributes:
+        overflows: batches that some stage so far skipped for gradients that are not finite, newly learnt.
+        stopped_by: the stage for whose sake the first one ends the run, and its updates skipped in a row; or None.
+    """
+
+    overflows: tuple[int, ...] = ()
+    stopped_by: tuple[int, int] | None = None
+
+
+_NONE = Notices()
 
 
 class Intake:
@@ -57,21 +74,29 @@ class Intake:
         """Forgets micro-batches that were kept after `DataExhausted`."""
         self._pending.clear()
 
-    def open_call(self, call: int, message: int) -> None:
+    def open_call(self, call: int, message: int, mine: Notices = _NONE) -> Notices:
         """Pulls K micro-batches and agrees on it with the other stages.
 
         ``call`` is the number of the `train_batch` call (for errors), ``message`` the activation it starts with.
+        Returns the notices of this stage and all before it. Where they stop the run, nothing was pulled.
         Raises DataExhausted on every stage if there are fewer, PeerError if first and last stage disagree.
         """
+        notices = mine
         if self._in is None:
-            self._fill(self._gas)
+            if mine.stopped_by is None:
+                self._fill(self._gas)
             pulled = len(self._pending)
             ready = self._all_ready(pulled)
         else:
-            pulled, ready = self._in.take()
+            pulled, ready, stage, skipped, *overflows = self._in.take()
+            stopped_by = (stage, skipped) if skipped else None
+            notices = Notices((*overflows, *mine.overflows), stopped_by)
         if self._out is not None:
-            self._out.send([pulled, ready], before=message)
-        elif self._in is not None:
+            stage, skipped = notices.stopped_by or (0, 0)
+            self._out.send([pulled, ready, stage, skipped, *notices.overflows], before=message)
+        if notices.stopped_by:
+            return notices
+        if self._out is None and self._in is not None:
             self._fill(pulled)
             if len(self._pending) != pulled:
                 raise PeerError(
@@ -84,6 +109,7 @@ class Intake:
                 "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
                 "drain() to finish what is in flight"
             )
+        return notices
 
     def _fill(self, count: int) -> None:
         while self._reads and len(self._pending) < count:

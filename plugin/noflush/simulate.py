@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +28,44 @@ def _as_tuple(payload: Payload) -> tuple[Tensor, ...]:
     return payload if isinstance(payload, tuple) else (payload,)
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Which dtype holds what; float32 throughout by default.
+
+    Attributes:
+        weights: of the model. Other than float32, optimizers update float32 masters.
+        accumulate: of a batch's gradients; None: the weights'.
+        wire: in which replicas' gradients are summed; None: that of accumulation.
+    """
+
+    weights: torch.dtype = torch.float32
+    accumulate: torch.dtype | None = None
+    wire: torch.dtype | None = None
+
+
 class _Stage:
     """A stage's layers, its newest weights (the module's own parameters) and the older versions still needed."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, versions: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        versions: int,
+        precision: Precision,
+        replicas: int,
+    ) -> None:
         self.module = module
-        self.optimizer = optimizer
         self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.masters = self.params
+        if precision.weights != torch.float32:
+            module.to(precision.weights)
+            self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.params.items()}
+        self.optimizer = make_optimizer(list(self.masters.values()))
         self.history: deque[dict[str, Tensor]] = deque(maxlen=versions)
         self.newest = 0
+        self._accumulate = precision.accumulate
+        self._wire = precision.wire
+        self._gradients: list[dict[str, Tensor]] = [{} for _ in range(replicas)]
         self.remember()
 
     def remember(self) -> None:
@@ -45,6 +75,35 @@ class _Stage:
         """Fresh leaves with the values of ``version``."""
         return {name: t.clone().requires_grad_() for name, t in self.history[version - self.newest - 1].items()}
 
+    def accumulate(self, replica: int, name: str, gradient: Tensor) -> None:
+        sums = self._gradients[replica]
+        gradient = gradient.to(self._accumulate or gradient.dtype)
+        sums[name] = gradient if name not in sums else sums[name] + gradient
+
+    def take_gradients(self, scale: float) -> bool:
+        """Gives the masters the replicas' mean gradients, unscaled; whether they are all finite."""
+        replicas = len(self._gradients)
+        for name, master in self.masters.items():
+            parts = [sums[name] for sums in self._gradients if name in sums]
+            master.grad = None
+            if parts:
+                total = parts[0]
+                for part in parts[1:]:
+                    wire = self._wire or total.dtype
+                    total = (total.to(wire) + part.to(wire)).to(total.dtype)
+                master.grad = total.to(master.dtype) / (scale * replicas)
+            elif isinstance(self.optimizer, DelayAwareOptimizer):
+                # The engine keeps gradients of noflush's own rules flat: what no loss reaches is zero there.
+                master.grad = torch.zeros_like(master)
+        self._gradients = [{} for _ in self._gradients]
+        return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.masters.values())
+
+    def publish(self) -> None:
+        """Rounds the masters into the model's weights."""
+        if self.masters is not self.params:
+            for name, p in self.params.items():
+                p.data.copy_(self.masters[name].detach())
+
 
 class DelaySimulator:
     """Trains P virtual stages with the delays of a schedule.
@@ -52,10 +111,15 @@ class DelaySimulator:
     Args:
         stages: a module for each stage, applied one after the other to a tensor or a tuple of tensors.
         loss_fn: ``loss_fn(outputs, labels)`` -> 0-dim loss.
-        make_optimizer: builds a stage's optimizer from its trainable parameters.
+        make_optimizer: builds a stage's optimizer from its trainable parameters (their float32 masters).
         schedule: of ``len(stages)`` stages.
         clip: largest norm of a stage's gradients; 0 clips nothing.
         make_lr_scheduler: builds a stage's learning-rate scheduler (stepped after each of its updates), or None.
+        precision: dtypes of weights and gradients.
+        replicas: data-parallel replicas.
+        loss_scale: ``loss_scale(batch)`` multiplies that batch's loss, and its updates divide by it.
+
+    A stage whose gradients are not finite skips that update, and counts it in ``skipped``.
 
     Raises:
         ValueError: the schedule has another number of stages.
@@ -69,26 +133,42 @@ class DelaySimulator:
         schedule: Schedule,
         clip: float = 0.0,
         make_lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        precision: Precision = Precision(),
+        replicas: int = 1,
+        loss_scale: Callable[[int], float] = lambda batch: 1.0,
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
         self.schedule = schedule
         self.micro_batches = 0
+        self.skipped: list[tuple[int, int]] = []
         self._loss_fn = loss_fn
         self._clip = clip
+        self._loss_scale = loss_scale
         self._segment = 0
         self._stages: list[_Stage] = []
         for s, module in enumerate(stages):
-            optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
-            if isinstance(optimizer, DelayAwareOptimizer):
-                optimizer.set_stage(s, schedule.stages, schedule.mean_delay(s))
             # For `latest` a forward is as old as with `stash`; only its backward differs.
-            versions = schedule.max_delay(s) + 1
-            self._stages.append(_Stage(module, optimizer, versions))
+            stage = _Stage(module, make_optimizer, schedule.max_delay(s) + 1, precision, replicas)
+            if isinstance(stage.optimizer, DelayAwareOptimizer):
+                stage.optimizer.set_stage(s, schedule.stages, schedule.mean_delay(s))
+            self._stages.append(stage)
         self._lr = [make_lr_scheduler(s.optimizer) for s in self._stages] if make_lr_scheduler else []
 
     def train_micro_batch(self, inputs: Payload, labels: Any) -> Tensor:
         """One micro-batch forth and back; updates every stage after each K-th. Returns its loss, detached."""
+        return self.train_replicas([(inputs, labels)])[0]
+
+    def train_replicas(self, batches: Sequence[tuple[Payload, Any]]) -> list[Tensor]:
+        """As `train_micro_batch` with (inputs, labels) for each data-parallel replica; returns their losses."""
+        losses = [self._train_one(replica, inputs, labels) for replica, (inputs, labels) in enumerate(batches)]
+        m = self.micro_batches - self._segment
+        self.micro_batches += 1
+        if (m + 1) % self.schedule.gas == 0:
+            self._update()
+        return losses
+
+    def _train_one(self, replica: int, inputs: Payload, labels: Any) -> Tensor:
         m = self.micro_batches - self._segment
         graphs = []
         payload = inputs
@@ -102,34 +182,35 @@ class DelaySimulator:
             graphs.append((weights, received, outputs))
             payload = outputs
         loss = self._loss_fn(payload, labels)
+        scaled = loss / self.schedule.gas * self._loss_scale(self.micro_batches // self.schedule.gas)
         grads: tuple[Tensor, ...] | None = None
         for stage, (weights, received, outputs) in zip(reversed(self._stages), reversed(graphs), strict=True):
             if self.schedule.weights == "latest" and not self.schedule.flushes:
                 for name, leaf in weights.items():
                     leaf.data.copy_(stage.params[name])
-            heads = [loss / self.schedule.gas] if grads is None else [t for t in _as_tuple(outputs) if t.requires_grad]
+            heads = [scaled] if grads is None else [t for t in _as_tuple(outputs) if t.requires_grad]
             wanted = [*weights.values(), *(t for t in received if t.requires_grad)]
             found = torch.autograd.grad(heads, wanted, grads, allow_unused=True)
-            for (name, leaf), grad in zip(weights.items(), found, strict=False):
+            for name, grad in zip(weights, found, strict=False):
                 if grad is not None:
-                    param = stage.params[name]
-                    param.grad = grad if param.grad is None else param.grad + grad
-                del leaf
+                    stage.accumulate(replica, name, grad)
             grads = tuple(
                 torch.zeros_like(t) if g is None else g
                 for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
-        self.micro_batches += 1
-        if (m + 1) % self.schedule.gas == 0:
-            self._update()
         return loss.detach()
 
     def _update(self) -> None:
+        scale = self._loss_scale(self.micro_batches // self.schedule.gas - 1)
         for s, stage in enumerate(self._stages):
-            if self._clip > 0:
-                torch.nn.utils.clip_grad_norm_(list(stage.params.values()), self._clip)
-            stage.optimizer.step()
-            stage.optimizer.zero_grad(set_to_none=True)
+            finite = stage.take_gradients(scale)
+            if not finite:
+                self.skipped.append((s, stage.newest + 1))
+            else:
+                if self._clip > 0:
+                    torch.nn.utils.clip_grad_norm_(list(stage.masters.values()), self._clip)
+                stage.optimizer.step()
+                stage.publish()
             stage.newest += 1
             stage.remember()
             if self._lr:

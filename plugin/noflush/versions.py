@@ -13,7 +13,7 @@ really points with where its micro-batch's version lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +30,62 @@ class WeightVersionError(RuntimeError):
     """A backward would have seen other weights than its forward: a fault of the engine, never of the user."""
 
 
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where parameters of one dtype and device lie in a flat tensor of ``numel`` elements.
+
+    Attributes:
+        params: the parameters.
+        offsets: of each one's first element.
+        numel: length, gaps and padding included.
+    """
+
+    params: tuple[Parameter, ...]
+    offsets: tuple[int, ...]
+    numel: int
+
+    def new_flat(self) -> Tensor:
+        """Zeros in this layout."""
+        return torch.zeros(self.numel, dtype=self.params[0].dtype, device=self.params[0].device)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's part of ``flat``, in its shape."""
+        return [
+            flat[offset : offset + p.numel()].view(p.shape) for p, offset in zip(self.params, self.offsets, strict=True)
+        ]
+
+
+def lay_out(params: Iterable[Parameter]) -> list[FlatLayout]:
+    """One layout a dtype and device, every parameter aligned to 64 bytes."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Parameter]] = {}
+    for param in params:
+        kinds.setdefault((param.dtype, param.device), []).append(param)
+    layouts = []
+    for (dtype, _), members in kinds.items():
+        unit = max(1, _ALIGNMENT // dtype.itemsize)
+        offsets, total = [], 0
+        for param in members:
+            offsets.append(total)
+            total += -(-param.numel() // unit) * unit
+        layouts.append(FlatLayout(tuple(members), tuple(offsets), total))
+    return layouts
+
+
+def layout_within(params: Iterable[Parameter], flat: Tensor) -> FlatLayout:
+    """The layout of parameters that are views into ``flat`` already. Raises WeightVersionError if one is not."""
+    members, offsets = tuple(params), []
+    for param in members:
+        offset, rest = divmod(param.data_ptr() - flat.data_ptr(), flat.element_size())
+        if rest or not 0 <= offset <= flat.numel() - param.numel() or not param.is_contiguous():
+            shape = tuple(param.shape)
+            raise WeightVersionError(f"a parameter of shape {shape} lies outside its optimizer's flat tensor")
+        offsets.append(offset)
+    return FlatLayout(members, tuple(offsets), flat.numel())
+
+
 @dataclass
 class _Slot:
-    """One version's storage: the flat buffers (one a dtype and device) and each parameter's view into them."""
+    """One version's storage: a flat tensor a layout, and each parameter's view into it."""
 
     flats: list[Tensor]
     views: list[Tensor]
@@ -43,44 +96,46 @@ class WeightRing:
     """The live weight versions of one stage.
 
     Args:
-        params: the trainable parameters, each of any shape and dtype; their values become version ``first``.
-            From here on ``param.data`` is a view into a slot.
+        layouts: the trainable parameters, laid out; their values become version ``first``. From here on
+            ``param.data`` is a view into a slot.
         slots: how many versions may live at once, the newest included (`Schedule.versions_alive`).
         stash: False for the policy ``latest``: one slot, written in place, and a backward sees what is there.
         first: number of the version the parameters hold now.
+        home: flat tensors that the parameters lie in already (a flat a layout), to be the first slot.
     """
 
-    def __init__(self, params: Iterable[Parameter], slots: int, stash: bool = True, first: int = 0) -> None:
-        self.params = list(params)
+    def __init__(
+        self,
+        layouts: Sequence[FlatLayout],
+        slots: int,
+        stash: bool = True,
+        first: int = 0,
+        home: Sequence[Tensor] | None = None,
+    ) -> None:
+        self.layouts = list(layouts)
+        self.params = [param for layout in self.layouts for param in layout.params]
         self.stash = stash
         self.newest = first
         self._bound = first
         self._tags: dict[int, int] = {}
-        self._slots = [self._make_slot() for _ in range(slots)]
+        self._slots = [self._make_slot(home if i == 0 else None) for i in range(slots)]
         self._where = {first: self._slots[0]}
         self._slots[0].version = first
+        self._next: _Slot | None = None
         with torch.no_grad():
             for param, view in zip(self.params, self._slots[0].views, strict=True):
-                view.copy_(param.data)
+                if home is None:
+                    view.copy_(param.data)
                 param.data = view
 
-    def _make_slot(self) -> _Slot:
-        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for i, param in enumerate(self.params):
-            groups.setdefault((param.dtype, param.device), []).append(i)
-        views: dict[int, Tensor] = {}
-        flats = []
-        for (dtype, device), members in groups.items():
-            unit = max(1, _ALIGNMENT // dtype.itemsize)
-            offsets, total = [], 0
-            for i in members:
-                offsets.append(total)
-                total += -(-self.params[i].numel() // unit) * unit
-            flat = torch.zeros(max(total, 1), dtype=dtype, device=device)
-            flats.append(flat)
-            for i, offset in zip(members, offsets, strict=True):
-                views[i] = flat[offset : offset + self.params[i].numel()].view(self.params[i].shape)
-        return _Slot(flats, [views[i] for i in range(len(self.params))])
+    def _make_slot(self, flats: Sequence[Tensor] | None) -> _Slot:
+        flats = list(flats) if flats is not None else [layout.new_flat() for layout in self.layouts]
+        return _Slot(flats, [v for layout, flat in zip(self.layouts, flats, strict=True) for v in layout.views(flat)])
+
+    @property
+    def newest_flats(self) -> list[Tensor]:
+        """The newest version's flat tensors, one a layout."""
+        return self._where[self.newest].flats
 
     @property
     def slots(self) -> int:
@@ -140,35 +195,59 @@ class WeightRing:
         """The micro-batch's backward is done: its version may be overwritten once no other needs it."""
         del self._tags[micro_batch]
 
-    def update(self, optimizer: Optimizer) -> None:
-        """Makes the next version out of the newest one and the gradients, and binds it.
+    def begin_update(self) -> list[Tensor]:
+        """Binds the newest version and returns the flat tensors where the next one goes; `commit_update` follows.
 
-        An optimizer with ``step_into(targets)`` writes the next weights into the slot itself; any other one
-        gets a copy of the newest weights there and updates it in place. Raises WeightVersionError if every
-        slot is still needed.
+        With the policy ``latest`` they are the newest version's own. Raises WeightVersionError if every slot is
+        still needed.
         """
         self.bind_newest()
-        current = self._where[self.newest]
-        target = self._free_slot()
-        step_into = getattr(optimizer, "step_into", None)
-        if step_into is not None:
-            step_into(dict(zip(self.params, target.views, strict=True)))
-        if target is not current:
-            if step_into is None:
-                for old, new in zip(current.flats, target.flats, strict=True):
-                    new.copy_(old)
-            for param, view in zip(self.params, target.views, strict=True):
-                param.data = view
-        if step_into is None:
-            # In-place writes to a parameter would make autograd refuse the older micro-batches in flight.
-            with _unsafe_preserve_version_counter(tuple(self.params)):
-                optimizer.step()
+        self._next = self._free_slot()
+        return self._next.flats
+
+    def commit_update(self) -> None:
+        """What was written since `begin_update` is the newest version; binds it."""
+        target, self._next = self._next, None
+        assert target is not None
         if target.version is not None:
             del self._where[target.version]
         self.newest += 1
-        self._bound = self.newest
         target.version = self.newest
         self._where[self.newest] = target
+        self.bind_newest()
+
+    def update_in_place(self, optimizer: Optimizer, skip: bool) -> None:
+        """The next version through an optimizer that knows nothing of versions: a copy, and a step there.
+
+        ``skip`` leaves out the step.
+        """
+        newest = self.newest_flats
+        following = self.begin_update()
+        if following is not newest:
+            for old, new in zip(newest, following, strict=True):
+                new.copy_(old)
+        self.commit_update()
+        if not skip:
+            # In-place writes to a parameter would make autograd refuse the older micro-batches in flight.
+            with _unsafe_preserve_version_counter(tuple(self.params)):
+                optimizer.step()
+
+    @torch.no_grad()
+    def go_home(self) -> None:
+        """Moves the newest version into the first slot, which others (checkpoints, say) hold views of."""
+        if self._tags:
+            raise WeightVersionError(f"micro-batches {sorted(self._tags)} are in flight: drain first")
+        first, slot = self._slots[0], self._where[self.newest]
+        if slot is not first:
+            for old, new in zip(slot.flats, first.flats, strict=True):
+                new.copy_(old)
+            slot.version = None
+        first.version = self.newest
+        self._where = {self.newest: first}
+        for other in self._slots[1:]:
+            other.version = None
+        self._bound = -1
+        self.bind_newest()
 
     def restart(self, first: int) -> None:
         """Renumbers the newest version ``first``, after a checkpoint was loaded into the parameters."""

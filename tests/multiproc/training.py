@@ -66,7 +66,8 @@ def train(rank, stages, gas, calls, config, gpt=None, between=None, drain=True, 
         return loss
 
     engine = build(stages, config, gpt=gpt, loss_fn=loss_fn, **build_kwargs)
-    stream = itertools.islice(data(calls * gas, gpt=gpt, seed=seed), None)
+    replica = engine.grid.get_data_parallel_rank()
+    stream = itertools.islice(data(calls * gas, gpt=gpt, seed=seed + 100 * replica), None)
     returned = []
     for call in range(calls):
         returned.append(engine.train_batch(data_iter=iter(list(itertools.islice(stream, gas)))).item())
@@ -85,8 +86,10 @@ def train(rank, stages, gas, calls, config, gpt=None, between=None, drain=True, 
     }
 
 
-def simulate(stages, gas, calls, make_optimizer, block=None, gpt=None, clip=0.0, drain_after=(), seed=1, make_lr=None):
-    """The same run in the delay simulator: micro-batch losses, and each stage's final weights."""
+def simulate(
+    stages, gas, calls, make_optimizer, block=None, gpt=None, clip=0.0, drain_after=(), seed=1, make_lr=None, **more
+):
+    """The same run in the delay simulator: micro-batch losses (a list a replica), and each stage's final weights."""
     from noflush.simulate import DelaySimulator
 
     block = block or {}
@@ -98,13 +101,16 @@ def simulate(stages, gas, calls, make_optimizer, block=None, gpt=None, clip=0.0,
         block.get("extra_in_flight", 0),
     )
     parts = split_by_blocks(layers(gpt), stages)
-    simulator = DelaySimulator(parts, next_token_loss, make_optimizer, schedule, clip, make_lr)
-    losses = []
-    for m, (tokens, labels) in enumerate(data(calls * gas, gpt=gpt, seed=seed)):
-        losses.append(simulator.train_micro_batch(tokens, labels).item())
+    simulator = DelaySimulator(parts, next_token_loss, make_optimizer, schedule, clip, make_lr, **more)
+    replicas = more.get("replicas", 1)
+    losses = [[] for _ in range(replicas)]
+    streams = [data(calls * gas, gpt=gpt, seed=seed + 100 * replica) for replica in range(replicas)]
+    for m, batches in enumerate(zip(*streams, strict=True)):
+        for kept, loss in zip(losses, simulator.train_replicas(batches), strict=True):
+            kept.append(loss.item())
         if (m + 1) % gas == 0 and (m + 1) // gas in drain_after:
             simulator.drain()
-    return losses, [list(simulator.parameters(s).values()) for s in range(stages)]
+    return losses if replicas > 1 else losses[0], [list(simulator.parameters(s).values()) for s in range(stages)]
 
 
 def nadamw(params):
@@ -126,4 +132,5 @@ def assert_same(results, losses, weights):
     assert results[-1]["losses"] == losses
     for stage, (result, expected) in enumerate(zip(results, weights, strict=True)):
         for i, (got, want) in enumerate(zip(result["weights"], expected, strict=True)):
+            assert got.dtype == want.dtype
             assert torch.equal(got, want), f"stage {stage}, parameter {i}: {(got - want).abs().max()}"

@@ -41,6 +41,18 @@ def test_absent_or_disabled_leaves_deepspeed_alone(ds_config):
     assert check_config(ds_config | {"fp16": {"enabled": True}, "zero_optimization": {"stage": 3}}) is None
 
 
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 1}}, {"zero_optimization": True}])
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}, {"bfloat16": {"enabled": True}}])
+def test_precision_and_sharding_that_work(precision, zero):
+    assert check_config(GOOD | precision | zero) == AsyncPipelineConfig()
+
+
+def test_fp16_and_fp32_accumulation_need_zero_1():
+    zero = {"zero_optimization": {"stage": 1}}
+    assert check_config(GOOD | zero | {"fp16": {"enabled": True}})
+    assert check_config(GOOD | zero | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}})
+
+
 WRONG = {
     "unknown key, near a real one": (with_block(wieghts="stash"), FACTS, r"wieghts is not a key: did you mean 'weights'"),
     "unknown key": (with_block(turbo=True), FACTS, r"turbo is not a key: the keys are enabled, schedule"),
@@ -55,8 +67,10 @@ WRONG = {
     "depth of the wrong type": (with_block(extra_in_flight=1.5), FACTS, "extra_in_flight is 1.5: input should be a valid int"),
     "depth is a bool": (with_block(extra_in_flight=True), FACTS, "extra_in_flight is True: input should be a valid int"),
     "global clip": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage'"),
-    "kernel that comes later": (with_block(kernel="triton"), FACTS, "fused Triton update comes later"),
-    "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto' or 'torch'"),
+    "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto', 'triton', 'compile' or 'torch'"),
+    "kernel for another's optimizer": (with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}, FACTS, "'Adam' updates by itself"),
+    "no skip allowed": (with_block(max_skipped_updates=0), FACTS, "max_skipped_updates is 0: it must be 1 or more"),
+    "stop_dir of the wrong type": (with_block(stop_dir=1), FACTS, "stop_dir is 1: input should be a valid string"),
     "trace_dir of the wrong type": (with_block(trace_dir=7), FACTS, "trace_dir is 7: input should be a valid string"),
     "no patience": (with_block(peer_timeout_s=0), FACTS, "peer_timeout_s is 0.0: it must be more than 0"),
     "K below 1": (GOOD | {"gradient_accumulation_steps": 0}, FACTS, "gradient_accumulation_steps is 0"),
@@ -64,13 +78,17 @@ WRONG = {
     "2bw with too small a batch": (with_block(weights="2bw"), RunFacts(stages=4, layers=8, gas=2), "raise gradient_accumulation_steps to 3 or more"),
     "depth with the flush": (with_block(schedule="1f1b_flush", extra_in_flight=2), FACTS, "nothing in flight between calls"),
     "negative clipping": (GOOD | {"gradient_clipping": -1}, FACTS, "gradient_clipping is -1"),
-    "ZeRO-1": (GOOD | {"zero_optimization": {"stage": 1}}, FACTS, "ZeRO-1 under noflush comes with the fused update"),
     "ZeRO-2": (GOOD | {"zero_optimization": {"stage": 2}}, FACTS, "zero_optimization.stage is 2: ZeRO-2 and ZeRO-3"),
     "ZeRO-3": (GOOD | {"zero_optimization": {"stage": 3}}, FACTS, "zero_optimization.stage is 3: ZeRO-2 and ZeRO-3"),
-    "ZeRO-1, as it was once spelt": (GOOD | {"zero_optimization": True}, FACTS, "zero_optimization.stage is 1: ZeRO-1 under"),
-    "ZeRO that only DeepSpeed sees": (GOOD, RunFacts(stages=2, layers=4, zero_stage=1), "ZeRO stage 1 as DeepSpeed reads"),
-    "fp16": (GOOD | {"fp16": {"enabled": True}}, FACTS, "fp16.enabled is True: mixed precision comes with"),
-    "bf16": (GOOD | {"bf16": {"enabled": True}}, FACTS, "bf16.enabled is True: mixed precision comes with"),
+    "ZeRO of no number": (GOOD | {"zero_optimization": {"stage": "one"}}, FACTS, "zero_optimization.stage is 'one': it must be 0 or 1"),
+    "ZeRO-2 that only DeepSpeed sees": (GOOD, RunFacts(stages=2, layers=4, zero_stage=2), "ZeRO stage 2 as DeepSpeed reads"),
+    "offload": (GOOD | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, FACTS, "offload_optimizer is set"),
+    "fp16 without ZeRO": (GOOD | {"fp16": {"enabled": True}}, FACTS, 'fp16.enabled is true with ZeRO stage 0.*"stage": 1'),
+    "fp16 with fp32 sums": (GOOD | {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, FACTS, "weights in fp16 accumulate in 'fp16'"),
+    "bf16 with fp32 sums, without ZeRO": (GOOD | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, FACTS, "no optimizer for; set"),
+    "bf16 with fp16 sums": (GOOD | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp16"}}, FACTS, "accumulate in 'bf16' or 'fp32'"),
+    "fp16 masters": (GOOD | {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}, "zero_optimization": {"stage": 1}}, FACTS, "keeps float32 master weights"),
+    "bf16 masters": (GOOD | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, FACTS, "keeps float32 master weights"),
     "autocast": (GOOD | {"torch_autocast": {"enabled": True}}, FACTS, "torch_autocast.enabled"),
     "gradients in bf16": (GOOD | {"data_types": {"grad_accum_dtype": "bf16"}}, FACTS, "grad_accum_dtype is 'bf16'"),
     "curriculum": (GOOD | {"curriculum_learning": {"enabled": True}}, FACTS, "curriculum learning is enabled"),
@@ -98,7 +116,7 @@ def test_wrong_configuration(name):
 
 
 def test_every_fault_is_listed_at_once():
-    ds_config = with_block(schedule="gpipe", wieghts="x", kernel="triton") | {"fp16": {"enabled": True}}
+    ds_config = with_block(schedule="gpipe", wieghts="x", kernel="cuda") | {"fp16": {"enabled": True}}
     with pytest.raises(ConfigError) as caught:
         check_run(ds_config, RunFacts(stages=4, layers=2))
     assert len(caught.value.faults) == 5

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from noflush.optim import DelayAwareNAdamW
-from noflush.versions import WeightRing, WeightVersionError
+from noflush.versions import WeightRing, WeightVersionError, lay_out
 
 
 def model():
@@ -19,7 +19,7 @@ def model():
 
 def make(slots, stash=True, rule=DelayAwareNAdamW):
     net = model()
-    ring = WeightRing(net.parameters(), slots, stash)
+    ring = WeightRing(lay_out(net.parameters()), slots, stash)
     return net, ring, rule(net.parameters(), lr=0.1)
 
 
@@ -44,12 +44,12 @@ def test_gradient_is_that_of_the_stashed_weights():
         losses[m] = forward(net, ring, m, 0)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     net.zero_grad()
     losses[2] = forward(net, ring, 2, 1)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     net.zero_grad()
     backward(ring, losses[0], 0)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,7 @@ def test_missed_swap_is_caught(monkeypatch):
     loss = forward(net, ring, 0, 0)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     monkeypatch.setattr(ring, "bind", lambda version: None)
     with pytest.raises(WeightVersionError, match="backward of micro-batch 0 needs weight version 0"):
         backward(ring, loss, 0)
@@ -82,17 +82,17 @@ def test_no_free_slot_is_an_error_and_not_an_overwrite():
     forward(net, ring, 0, 0)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     forward(net, ring, 1, 1)
     with pytest.raises(WeightVersionError, match="no free slot for version 2"):
-        ring.update(optimizer)
+        ring.update_in_place(optimizer, skip=False)
 
 
 def test_version_that_is_gone_is_an_error():
     net, ring, optimizer = make(slots=1)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     with pytest.raises(WeightVersionError, match="version 0 was overwritten"):
         ring.tag(5, 0)
 
@@ -107,7 +107,7 @@ def test_updates_are_the_optimizers_own(rule, slots):
         for p, q in zip(net.parameters(), plain.parameters(), strict=True):
             q.grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(step))
             p.grad = q.grad.clone()
-        ring.update(optimizer)
+        ring.update_in_place(optimizer, skip=False)
         reference.step()
     assert ring.newest == 7
     for p, q in zip(net.parameters(), plain.parameters(), strict=True):
@@ -119,7 +119,7 @@ def test_latest_backward_sees_live_weights_without_a_version_error():
     loss = forward(net, ring, 0, 0)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    ring.update(optimizer)
+    ring.update_in_place(optimizer, skip=False)
     net.zero_grad()
     backward(ring, loss, 0)
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
@@ -133,7 +133,7 @@ def test_memory_is_slots_times_weights_and_never_grows():
     for _ in range(12):
         for p in net.parameters():
             p.grad = torch.ones_like(p)
-        ring.update(optimizer)
+        ring.update_in_place(optimizer, skip=False)
         storages.add(net[0].weight.untyped_storage().data_ptr())
     assert len(storages) <= 4
 

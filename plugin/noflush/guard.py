@@ -1,0 +1,80 @@
+"""What a stage does about updates that were skipped: says so, tells the others, and ends a run that goes nowhere."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor
+
+from noflush.config import AsyncPipelineConfig
+from noflush.intake import Notices
+from noflush.report import ReportLayout
+from noflush.schedule import Schedule
+from noflush.skips import NonFiniteGradients, SkippedUpdates
+
+logger = logging.getLogger("noflush")
+
+
+class UpdateGuard:
+    """One stage's.
+
+    Args:
+        block: its ``max_skipped_updates`` and ``stop_dir``.
+        schedule, stage: where it stands.
+        layout: of the reports.
+
+    Attributes:
+        skips: the stage's count.
+        saved_to: the folder of the run's newest checkpoint; None before any.
+        horizon: batches after which no stage can still tell of an overflow.
+    """
+
+    def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, stage: int, layout: ReportLayout) -> None:
+        self.skips = SkippedUpdates()
+        self.saved_to: str | None = None
+        # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
+        self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
+        self._stage = stage
+        self._limit = block.max_skipped_updates
+        self._stop_dir = block.stop_dir
+        self._layout = layout
+
+    def notices(self, before: int, report: Tensor | None) -> Notices:
+        """What this stage has to tell with the next call's header.
+
+        ``before``: outcomes of updates made in calls below are read now. ``report``: the newest report, by which the
+        first stage judges the others.
+        """
+        skipped = self.skips.settle(before)
+        for update, norm in skipped:
+            logger.warning(
+                "noflush: stage %d skipped update %d: its gradient norm is %s (%d skipped in a row, %d in all)",
+                self._stage, update, norm, self.skips.in_a_row, self.skips.total,
+            )  # fmt: skip
+        # Update n is that of batch n - 1.
+        return Notices(tuple(update - 1 for update, _ in skipped), self._judge(report) if self._stage == 0 else None)
+
+    def _judge(self, report: Tensor | None) -> tuple[int, int] | None:
+        rows = [] if report is None else report[self._layout.in_a_row].nan_to_num(0.0).tolist()
+        rows[:1] = [self.skips.in_a_row]
+        worst = max(range(len(rows)), key=rows.__getitem__)
+        return (worst, int(rows[worst])) if rows[worst] >= self._limit else None
+
+    def stop_dir(self) -> str:
+        """Where the checkpoint of a stopped run goes."""
+        return self._stop_dir or self.saved_to or "noflush_stopped"
+
+    def error(self, stopped_by: tuple[int, int], checkpoint: str) -> NonFiniteGradients:
+        """Why the run ends, what was saved, and what to do."""
+        stage, count = stopped_by
+        return NonFiniteGradients(
+            f"stage {stage} skipped {count} updates in a row (async_pipeline.max_skipped_updates is {self._limit}): "
+            f"its gradients are not finite. Its weights are those from before the first of them; the run is saved in "
+            f"{checkpoint}. Look at the data of these calls, or lower the learning rate, and load that checkpoint or "
+            "an older one"
+        )
+
+    def restart(self, total: int) -> None:
+        """Counts on from a loaded checkpoint's ``total``."""
+        self.skips.clear()
+        self.skips.total = total

@@ -1,0 +1,290 @@
+"""How DeepSpeed's optimizers keep a stage's weights, gradients and float32 masters.
+
+Three of them work under noflush. Each is wrapped by one class here, which says where things lie, redirects what the
+optimizer writes into the slot of the next weight version, and keeps its norms within the stage: DeepSpeed adds them
+up over the whole pipeline, which no stage may wait for.
+
+    float32, ZeRO 0                        any torch optimizer             PlainWeights
+    bf16 (ZeRO 0), bf16 + fp32 accumulation (ZeRO 1)      BF16_Optimizer   Bf16Weights
+    float32, bf16 or fp16, ZeRO 1          DeepSpeedZeroOptimizer          ZeroWeights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from noflush.gradients import FlatGradients
+from noflush.optim import FlatGroup
+from noflush.versions import FlatLayout, lay_out, layout_within
+
+
+class HostWeights(Protocol):
+    """One stage's weights as its DeepSpeed optimizer keeps them.
+
+    Attributes:
+        optimizer: what DeepSpeed's engine calls its optimizer.
+        rule: the torch optimizer in its inside.
+        layouts, home: for `versions.WeightRing`.
+        replicas: the data-parallel group.
+        sharded: whether each replica updates a shard of every flat tensor (ZeRO-1).
+        has_masters: whether float32 masters are kept apart from the model's weights.
+    """
+
+    optimizer: Any
+    rule: Optimizer
+    layouts: list[FlatLayout]
+    home: list[Tensor] | None
+    replicas: Any
+    sharded: bool
+    has_masters: bool
+
+    def flat_groups(self) -> list[FlatGroup]:
+        """What `DelayAwareOptimizer.flatten` takes."""
+
+    def masters(self, newest: list[Tensor]) -> list[Tensor]:
+        """Flat float32 weights that the rule updates; ``newest``: the newest version's flat tensors."""
+
+    def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """This replica's part of each flat tensor (all of it without ZeRO)."""
+
+    def point_at(self, flats: list[Tensor]) -> None:
+        """Has the optimizer write its next weights into ``flats``."""
+
+    def collect_gradients(self) -> list[Tensor]:
+        """Flat gradients of the whole stage, this replica's sum over the batch."""
+
+    def gradient_views(self) -> list[Tensor]:
+        """The same, parameter by parameter."""
+
+    def clear_gradients(self) -> None:
+        """Zeros everywhere, after an update that cleared no more than this replica's shards."""
+
+    def take_over(self) -> None:
+        """Readies gradients for a rule of noflush's, in place of DeepSpeed's own handling."""
+
+    def after_first_update(self) -> None:
+        """What DeepSpeed does once optimizer state exists."""
+
+
+class PlainWeights:
+    """float32 weights, updated where they are; a rule's state is kept parameter by parameter."""
+
+    sharded = False
+    has_masters = False
+    home: list[Tensor] | None = None
+
+    def __init__(self, optimizer: Any, replicas: Any) -> None:
+        self.optimizer = self.rule = optimizer
+        self.replicas = replicas
+        self._groups = []
+        self.layouts = []
+        for group in optimizer.param_groups:
+            for layout in lay_out(group["params"]):
+                self._groups.append(FlatGroup(group, layout.params, layout.offsets, layout.numel))
+                self.layouts.append(layout)
+        self._gradients: FlatGradients | None = None
+
+    def flat_groups(self) -> list[FlatGroup]:
+        return self._groups
+
+    def masters(self, newest: list[Tensor]) -> list[Tensor]:
+        return newest
+
+    def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        return list(flats)
+
+    def point_at(self, flats: list[Tensor]) -> None:
+        """Nothing: whoever updates is given the flat tensors."""
+
+    def take_over(self) -> None:
+        self._gradients = FlatGradients(self.layouts)
+
+    def collect_gradients(self) -> list[Tensor]:
+        assert self._gradients is not None
+        return self._gradients.collect()
+
+    def gradient_views(self) -> list[Tensor]:
+        assert self._gradients is not None
+        return self._gradients.views
+
+    def clear_gradients(self) -> None:
+        """Nothing: the update clears all it reads."""
+
+    def after_first_update(self) -> None:
+        """Nothing."""
+
+
+class Bf16Weights:
+    """`BF16_Optimizer`: bf16 weights, gradients summed in a flat tensor of its own, sharded masters."""
+
+    has_masters = True
+    home: list[Tensor] | None
+
+    def __init__(self, optimizer: BF16_Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rule = optimizer.optimizer
+        self.home = home = [flat.detach() for flat in optimizer.bf16_groups_flat]
+        self.layouts = [layout_within(g, f) for g, f in zip(optimizer.bf16_groups, home, strict=True)]
+        self.replicas = optimizer.dp_process_group
+        self.sharded = dist.get_world_size(self.replicas) > 1
+        self._rank = dist.get_rank(self.replicas)
+        optimizer.mpu = None  # it serves norms alone
+
+    def flat_groups(self) -> list[FlatGroup]:
+        return _groups_of(self.rule, self.optimizer.fp32_groups_flat_partition)
+
+    def masters(self, newest: list[Tensor]) -> list[Tensor]:
+        return [m.data for m in self.optimizer.fp32_groups_flat_partition]
+
+    def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        return _shards(flats, self.optimizer.fp32_groups_flat_partition, self._rank)
+
+    def point_at(self, flats: list[Tensor]) -> None:
+        self.optimizer.bf16_groups_flat = list(flats)
+        self.optimizer.bf16_partitioned_groups = [
+            [flat.narrow(0, i * m.numel(), m.numel()) for i in range(dist.get_world_size(self.replicas))]
+            for flat, m in zip(flats, self.optimizer.fp32_groups_flat_partition, strict=True)
+        ]
+
+    def take_over(self) -> None:
+        """Nothing: `BF16_Optimizer` collects gradients in flat tensors itself."""
+
+    def collect_gradients(self) -> list[Tensor]:
+        return list(self.optimizer.fp32_groups_gradients_flat)
+
+    def gradient_views(self) -> list[Tensor]:
+        return [view for group in self.optimizer.fp32_groups_gradients for view in group]
+
+    def clear_gradients(self) -> None:
+        # The sums were cleared by the update where it read them; a shard's neighbours were not.
+        if self.sharded:
+            self.optimizer.clear_hp_grads()
+        self.optimizer.clear_lp_grads(set_to_none=True)
+
+    def after_first_update(self) -> None:
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class ZeroWeights:
+    """`DeepSpeedZeroOptimizer`, stage 1: weights of any dtype, gradients in theirs, sharded float32 masters."""
+
+    has_masters = True
+    home: list[Tensor] | None
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        self.optimizer = optimizer
+        self.rule = optimizer.optimizer
+        self.home = home = [flat.detach() for flat in optimizer.bit16_groups_flat]
+        self.layouts = [layout_within(g, f) for g, f in zip(optimizer.bit16_groups, home, strict=True)]
+        self.replicas = optimizer.dp_process_group
+        self.sharded = dist.get_world_size(self.replicas) > 1
+        self._rank = dist.get_rank(self.replicas)
+        self._gradients: FlatGradients | None = None
+        optimizer.model_parallel_group = None  # norms and overflow within the stage
+        optimizer.check_grad_overflow = True
+        # The ring alone points parameters at storage; the scale follows the travelling one.
+        optimizer._update_model_bit16_weights = _nothing
+        optimizer._update_scale = _nothing
+
+    def flat_groups(self) -> list[FlatGroup]:
+        return _groups_of(self.rule, self.optimizer.single_partition_of_fp32_groups)
+
+    def masters(self, newest: list[Tensor]) -> list[Tensor]:
+        return [m.data for m in self.optimizer.single_partition_of_fp32_groups]
+
+    def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        return _shards(flats, self.optimizer.single_partition_of_fp32_groups, self._rank)
+
+    def point_at(self, flats: list[Tensor]) -> None:
+        self.optimizer.bit16_groups_flat = list(flats)
+        self.optimizer.parallel_partitioned_bit16_groups = [
+            self.optimizer.get_data_parallel_partitions(flat, i) for i, flat in enumerate(flats)
+        ]
+
+    def take_over(self) -> None:
+        # Its hooks would fill reduction buckets of half a billion elements that nobody empties.
+        for hook in self.optimizer._grad_acc_hooks:
+            hook.remove()
+        self._gradients = FlatGradients(self.layouts)
+
+    def collect_gradients(self) -> list[Tensor]:
+        assert self._gradients is not None
+        return self._gradients.collect()
+
+    def gradient_views(self) -> list[Tensor]:
+        assert self._gradients is not None
+        return self._gradients.views
+
+    def clear_gradients(self) -> None:
+        if self.sharded:
+            assert self._gradients is not None
+            self._gradients.clear()
+
+    def after_first_update(self) -> None:
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def weights_of(optimizer: Any, replicas: Any) -> HostWeights:
+    """The class that fits DeepSpeed's ``optimizer``; ``replicas``: the engine's data-parallel group."""
+    if isinstance(optimizer, BF16_Optimizer):
+        return Bf16Weights(optimizer)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return ZeroWeights(optimizer)
+    assert isinstance(optimizer, Optimizer), f"{type(optimizer).__name__}: config.py should have refused this run"
+    return PlainWeights(optimizer, replicas)
+
+
+def _groups_of(rule: Optimizer, masters: Sequence[Tensor]) -> list[FlatGroup]:
+    return [FlatGroup(g, (m,), (0,), m.numel()) for g, m in zip(rule.param_groups, masters, strict=True)]
+
+
+def _shards(flats: Sequence[Tensor], masters: Sequence[Tensor], rank: int) -> list[Tensor]:
+    return [flat.narrow(0, rank * m.numel(), m.numel()) for flat, m in zip(flats, masters, strict=True)]
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+# torch 2.13 has new names for these two.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def gather_weights(flats: Sequence[Tensor], shards: Sequence[Tensor], replicas: Any) -> None:
+    """Fills each flat tensor with all replicas' shards; ``shards`` are this one's views into them."""
+    for flat, shard in zip(flats, shards, strict=True):
+        _all_gather(flat, shard, group=replicas)
+
+
+def reduce_gradients(
+    flats: Sequence[Tensor], shards: Sequence[Tensor] | None, replicas: Any, dtype: torch.dtype
+) -> list[Tensor]:
+    """Sums flat gradients over the replicas in ``dtype``.
+
+    Returns the flat tensors, summed in place; or with ``shards`` (buffers of a shard each) those, holding this
+    replica's part of the sums.
+    """
+    if shards is None:
+        for flat in flats:
+            wire = flat if flat.dtype == dtype else flat.to(dtype)
+            dist.all_reduce(wire, group=replicas)
+            if wire is not flat:
+                flat.copy_(wire)
+        return list(flats)
+    for flat, shard in zip(flats, shards, strict=True):
+        if flat.dtype == dtype:
+            _reduce_scatter(shard, flat, group=replicas)
+        else:
+            wire = shard.to(dtype)
+            _reduce_scatter(wire, flat.to(dtype), group=replicas)
+            shard.copy_(wire)
+    return list(shards)

@@ -1,0 +1,153 @@
+"""One optimizer update of a stage, from its gradients to its next weight version.
+
+Two kinds. `FusedUpdate`: a rule of noflush's, whose kernel reads flat gradients and masters and writes the next
+version into its slot in the same pass. `HostUpdate`: any other torch optimizer, through DeepSpeed's own code.
+Both skip an update whose gradient norm is not finite; the version number still moves on, with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noflush.host_weights import HostWeights, PlainWeights, ZeroWeights, gather_weights, reduce_gradients
+from noflush.kernels.flat import Kernel, Outcome
+from noflush.kernels.norm import gradient_norm
+from noflush.optim import DelayAwareOptimizer
+from noflush.versions import WeightRing
+
+
+class StageUpdate(Protocol):
+    """What the engine calls after every K-th backward."""
+
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them."""
+
+
+class FusedUpdate:
+    """By a rule of noflush's and one of its kernels.
+
+    Args:
+        weights: the stage's weights.
+        kernel: computes norm and update.
+        max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
+        wire: dtype of the gradient reduction between replicas.
+        predivide: what gradients are divided by before that reduction; the rest of the mean is taken after it.
+    """
+
+    def __init__(
+        self, weights: HostWeights, kernel: Kernel, max_norm: float, wire: torch.dtype, predivide: float
+    ) -> None:
+        assert isinstance(weights.rule, DelayAwareOptimizer)
+        self._weights = weights
+        self._rule = weights.rule
+        self._kernel = kernel
+        self._max_norm = max_norm
+        self._wire = wire
+        self._replicas = dist.get_world_size(weights.replicas)
+        self._predivide = predivide
+        self._first = True
+        weights.take_over()
+        self._rule.flatten(weights.flat_groups(), kernel)
+        self._shards: list[Tensor] | None = None
+        if weights.sharded:
+            self._shards = [torch.zeros_like(s) for s in weights.shards(weights.collect_gradients())]
+        self.tuned = kernel.tune(self._shards or weights.collect_gradients())
+
+    @torch.no_grad()
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`; waits for nothing but the replicas."""
+        weights = self._weights
+        newest = ring.newest_flats
+        gradients = weights.collect_gradients()
+        if self._replicas > 1:
+            if self._predivide != 1:
+                torch._foreach_div_(gradients, self._predivide)
+            gradients = reduce_gradients(gradients, self._shards, weights.replicas, self._wire)
+            scale = scale * (self._replicas / self._predivide)
+        norm = self._norm(gradients)
+        following = ring.begin_update()
+        outcome = self._rule.step_flat(
+            self._kernel,
+            gradients,
+            weights.masters(newest),
+            weights.shards(following),
+            weights.has_masters,
+            norm,
+            self._max_norm,
+            scale,
+        )
+        weights.clear_gradients()
+        if weights.sharded:
+            gather_weights(following, weights.shards(following), weights.replicas)
+        weights.point_at(following)
+        ring.commit_update()
+        if self._first:
+            weights.after_first_update()
+            self._first = False
+        return outcome
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not self._weights.sharded:
+            # Parameter by parameter where that costs nothing: bit for bit torch's own clipping.
+            by_parameter = self._kernel.name != "triton"
+            return self._kernel.norm(self._weights.gradient_views() if by_parameter else gradients)
+        square = self._kernel.norm(gradients).double() ** 2
+        dist.all_reduce(square, group=self._weights.replicas)
+        return square.sqrt().float()
+
+
+class HostUpdate:
+    """By any torch optimizer, wrapped or not by DeepSpeed's.
+
+    Args:
+        weights: the stage's weights.
+        engine: reduces gradients.
+        max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
+    """
+
+    def __init__(self, weights: HostWeights, engine: Any, max_norm: float) -> None:
+        self._weights = weights
+        self._engine = engine
+        self._max_norm = max_norm
+
+    @torch.no_grad()
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`."""
+        if self._engine.is_data_parallel or isinstance(self._weights, ZeroWeights):
+            self._engine._exec_reduce_grads()
+        if isinstance(self._weights, PlainWeights):
+            return self._update_plain(ring)
+        return self._update_wrapped(ring, float(scale))
+
+    def _update_plain(self, ring: WeightRing) -> Outcome:
+        parameters = [p for p in ring.params if p.grad is not None]
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+        finite = math.isfinite(norm.item())
+        if finite and self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        ring.update_in_place(self._weights.rule, skip=not finite)
+        self._engine.zero_grad()
+        return Outcome(norm, torch.full_like(norm, 0.0 if finite else 1.0))
+
+    def _update_wrapped(self, ring: WeightRing, scale: float) -> Outcome:
+        optimizer = self._weights.optimizer
+        if isinstance(self._weights, ZeroWeights):
+            optimizer.loss_scaler.cur_scale = scale
+        newest = ring.newest_flats
+        following = ring.begin_update()
+        self._weights.point_at(following)
+        optimizer.step()
+        if optimizer.overflow:
+            for old, new in zip(newest, following, strict=True):
+                new.copy_(old)
+        ring.commit_update()
+        optimizer.zero_grad()
+        found = optimizer._global_grad_norm  # None where zero_optimization.compute_grad_norm is false
+        value = math.nan if found is None else found
+        norm = torch.as_tensor(value, dtype=torch.float32, device=ring.device).reshape(())
+        return Outcome(norm, torch.full_like(norm, float(optimizer.overflow)))

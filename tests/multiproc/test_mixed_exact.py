@@ -1,0 +1,117 @@
+"""Mixed precision, ZeRO-1 and data parallel x pipeline equal the delay simulator bit for bit on a CPU.
+
+With noflush's optimizers and with DeepSpeed's own, whose BF16_Optimizer and ZeRO-1 are redirected into the ring.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from noflush.simulate import Precision
+from tests.multiproc import training as t
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = pytest.mark.multiproc
+
+BF16 = {"bf16": {"enabled": True}}
+IMMEDIATE = {"bf16": {"enabled": True, "immediate_grad_update": True}}
+LATE = {"bf16": {"enabled": True, "immediate_grad_update": False}}
+ZERO = {"zero_optimization": {"stage": 1}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+FP32_WIRE = {"communication_data_type": "fp32"}
+BASELINE = {"type": "PipeDreamAdamW", "params": {"lr": 3e-3, "weight_decay": 0.01}}
+NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9, "weight_decay": 0.01}}
+IN_BF16 = Precision(torch.bfloat16)
+SUMS_IN_FP32 = Precision(torch.bfloat16, torch.float32, torch.bfloat16)
+ALL_IN_FP32 = Precision(torch.bfloat16, torch.float32, torch.float32)
+
+
+def nag(params):
+    from noflush.optim import DelayAwareNAG
+
+    return DelayAwareNAG(params, lr=3e-2, momentum=0.9, weight_decay=0.01)
+
+
+OURS = (t.NADAMW, t.torch_nadam)
+THEIRS = (t.ADAMW, t.adamw)
+
+
+def cases(stages, replicas):
+    """name -> (K, block, config, (optimizer, its maker), simulator's precision, clip)."""
+    found = {}
+    kinds = [("float32 ZeRO-1", ZERO, Precision()), ("bf16 ZeRO-1", BF16 | ZERO, IN_BF16)]
+    if replicas == 1:
+        kinds += [("bf16", BF16, IN_BF16), ("bf16, fp32 sums, ZeRO-1", BF16 | ZERO | FP32_SUMS, SUMS_IN_FP32)]
+    else:
+        sums = BF16 | ZERO | FP32_SUMS
+        kinds += [
+            ("float32", {}, Precision()),
+            ("bf16, fp32 sums and wire, ZeRO-1", sums | FP32_WIRE, ALL_IN_FP32),
+            ("bf16, fp32 sums, ZeRO-1", sums, SUMS_IN_FP32),
+        ]
+    for gas in (1, 2):
+        for kind, config, precision in kinds:
+            for whose, pair in (("noflush's", OURS), ("DeepSpeed's", THEIRS)):
+                found[f"{kind}, {whose}, K={gas}"] = (gas, {}, config, pair, precision, 0.0)
+    if replicas == 1:
+        found["bf16, latest"] = (1, {"weights": "latest"}, BF16, OURS, IN_BF16, 0.0)
+        found["bf16, gradients moved at once"] = (2, {}, IMMEDIATE, OURS, IN_BF16, 0.0)
+        found["bf16, gradients moved late, DeepSpeed's"] = (2, {}, LATE, THEIRS, IN_BF16, 0.0)
+        found["bf16, clipped"] = (2, {}, BF16, OURS, IN_BF16, 0.05)
+        found["bf16 ZeRO-1, clipped"] = (2, {}, BF16 | ZERO, OURS, IN_BF16, 0.05)
+        found["bf16, PipeDream's baseline"] = (1, {}, BF16, (BASELINE, t.adamw), IN_BF16, 0.0)
+        found["bf16 ZeRO-1, NAG"] = (1, {}, BF16 | ZERO, (NAG, nag), IN_BF16, 0.0)
+        found["float32 ZeRO-1, latest"] = (1, {"weights": "latest"}, ZERO, OURS, Precision(), 0.0)
+        found["bf16, flush"] = (2, {"schedule": "1f1b_flush"}, BF16, OURS, IN_BF16, 0.0)
+    return found
+
+
+def calls_of(gas):
+    return 12 // gas + 3
+
+
+def drain_after_call_3(engine, call):
+    if call == 2:
+        engine.drain()
+
+
+def train_all(rank, stages, replicas):
+    results = {}
+    for name, (gas, block, more, (optimizer, _), _, clip) in cases(stages, replicas).items():
+        config = t.ds_config(gas, optimizer, block, **more | {"gradient_clipping": clip})
+        results[name] = t.train(rank, stages, gas, calls_of(gas), config, between=drain_after_call_3)
+    return results
+
+
+@functools.cache
+def trained(stages, replicas):
+    return run_ranks(train_all, stages * replicas, timeout=280, stages=stages, replicas=replicas)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+WHERE = [(2, 1), (4, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("stages", "replicas", "name"), [(*w, name) for w in WHERE for name in cases(*w)])
+def test_equals_the_simulator(stages, replicas, name):
+    gas, block, _, (_, make_optimizer), precision, clip = cases(stages, replicas)[name]
+    losses, weights = t.simulate(
+        stages, gas, calls_of(gas), make_optimizer, block, clip=clip, drain_after=(3,), precision=precision,
+        replicas=replicas,
+    )  # fmt: skip
+    results = [r[name] for r in trained(stages, replicas)]
+    if replicas == 1:
+        t.assert_same(results, losses, weights)
+    else:
+        for replica in range(replicas):
+            t.assert_same(results[replica::replicas], losses[replica], weights)
