@@ -65,6 +65,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     total_loss: Any
     total_additional_losses: Any
     micro_batches: int
+    _nf_loads_shards = False
     _nf_scale: Tensor | float | None
     _nf_scale_owner: TravellingScale | None
 
@@ -418,7 +419,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         rule = self._nf_weights.rule
         if isinstance(rule, DelayAwareOptimizer):
             rule.forget_weights()
-        result = super().load_checkpoint(*args, **kwargs)
+        self._nf_loads_shards = self.using_bf16_optimizer
+        try:
+            result = super().load_checkpoint(*args, **kwargs)
+        finally:
+            self._nf_loads_shards = False
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
         self._nf_runner.ring.restart(self.global_steps)
@@ -429,6 +434,13 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_loss_step = self._nf_report = None
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
+
+    def zero_optimization(self) -> bool:
+        """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
+
+        `BF16_Optimizer` saves its shards as ZeRO does in either case; DeepSpeed 0.19.8 looks for them with ZeRO only.
+        """
+        return bool(super().zero_optimization()) or self._nf_loads_shards
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Refused: the number of weight versions and the order of messages follow from K.

@@ -86,9 +86,9 @@ class PlainWeights:
         self.replicas = replicas
         self._groups = []
         self.layouts = []
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             for layout in lay_out(group["params"]):
-                self._groups.append(FlatGroup(group, layout.params, layout.offsets, layout.numel))
+                self._groups.append(FlatGroup(number, layout.params, layout.offsets, layout.numel))
                 self.layouts.append(layout)
         self._gradients: FlatGradients | None = None
 
@@ -243,7 +243,8 @@ def weights_of(optimizer: Any, replicas: Any) -> HostWeights:
 
 
 def _groups_of(rule: Optimizer, masters: Sequence[Tensor]) -> list[FlatGroup]:
-    return [FlatGroup(g, (m,), (0,), m.numel()) for g, m in zip(rule.param_groups, masters, strict=True)]
+    assert len(rule.param_groups) == len(masters)
+    return [FlatGroup(number, (m,), (0,), m.numel()) for number, m in enumerate(masters)]
 
 
 def _shards(flats: Sequence[Tensor], masters: Sequence[Tensor], rank: int) -> list[Tensor]:

@@ -26,13 +26,13 @@ class FlatGroup:
     """Where some parameters of one group lie in a flat tensor of ``numel`` elements.
 
     Attributes:
-        group: the optimizer's parameter group.
+        group: number of the optimizer's parameter group (its dict is replaced when a checkpoint is loaded).
         params: as the optimizer knows them.
         offsets: of each parameter's first element.
         numel: length of the flat tensor, gaps and padding included.
     """
 
-    group: dict[str, Any]
+    group: int
     params: tuple[Tensor, ...]
     offsets: tuple[int, ...]
     numel: int
@@ -125,7 +125,7 @@ class DelayAwareOptimizer(Optimizer):
         self._clocks[:, 1] = 1.0
         self._flat = []
         for where, clock in zip(groups, self._clocks, strict=True):
-            dtype = self._dtype(where.group)
+            dtype = self._dtype(self.param_groups[where.group])
             empty = where.params[0].detach().new_zeros(where.numel)
             tensors = tuple(t.zero_() for t in self._new_state(empty, dtype))
             self._flat.append(_FlatState(where, tensors, clock))
@@ -175,7 +175,7 @@ class DelayAwareOptimizer(Optimizer):
         A norm that is not finite skips the update: state and weights stay, and the targets get the same weights.
         """
         flats = [
-            Flat(g, w, t, state.tensors, state.clock, self._hyper(state.where.group), master)
+            Flat(g, w, t, state.tensors, state.clock, self._hyper(self.param_groups[state.where.group]), master)
             for g, w, t, state in zip(gradients, weights, targets, self._flat, strict=True)
         ]
         return kernel.update(self.RULE, flats, norm, max_norm, scale)

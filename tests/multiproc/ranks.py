@@ -26,8 +26,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _main(function, rank, world, port, folder, kwargs):
+def _main(function, rank, world, port, folder, environment, kwargs):
     os.environ.update(
+        environment,
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
@@ -53,7 +54,7 @@ def _main(function, rank, world, port, folder, kwargs):
         os._exit(1)
 
 
-def run_ranks(function, world, timeout=120, expect_errors=False, **kwargs):
+def run_ranks(function, world, timeout=120, expect_errors=False, environment=(), **kwargs):
     """``[function(rank, **kwargs) for rank in ...]`` on ``world`` ranks.
 
     With ``expect_errors``, a failed rank's entry is ``(type name, message)``.
@@ -61,7 +62,8 @@ def run_ranks(function, world, timeout=120, expect_errors=False, **kwargs):
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _context.Process(target=_main, args=(function, rank, world, port, folder, kwargs)) for rank in range(world)
+            _context.Process(target=_main, args=(function, rank, world, port, folder, dict(environment), kwargs))
+            for rank in range(world)
         ]
         for process in ranks:
             process.start()

@@ -41,12 +41,12 @@ def ds_config(gas, optimizer=NADAMW, block=None, **more):
     return config
 
 
-def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, **module_kwargs):
+def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=layers, **module_kwargs):
     """A pipeline engine over the test GPT: as many blocks a stage, embedding first, head last."""
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
-    parts = split_by_blocks(layers(gpt), stages)
+    parts = split_by_blocks(make_layers(gpt), stages)
     flat = [layer for part in parts for layer in part]
     module = PipelineModule(
         layers=flat, num_stages=stages, loss_fn=loss_fn, partition_method="type:Block", **module_kwargs
@@ -87,9 +87,24 @@ def train(rank, stages, gas, calls, config, gpt=None, between=None, drain=True, 
 
 
 def simulate(
-    stages, gas, calls, make_optimizer, block=None, gpt=None, clip=0.0, drain_after=(), seed=1, make_lr=None, **more
+    stages,
+    gas,
+    calls,
+    make_optimizer,
+    block=None,
+    gpt=None,
+    clip=0.0,
+    drain_after=(),
+    seed=1,
+    make_lr=None,
+    make_layers=layers,
+    found=None,
+    **more,
 ):
-    """The same run in the delay simulator: micro-batch losses (a list a replica), and each stage's final weights."""
+    """The same run in the delay simulator: micro-batch losses (a list a replica), and each stage's final weights.
+
+    ``found`` takes the simulator's skipped updates.
+    """
     from noflush.simulate import DelaySimulator
 
     block = block or {}
@@ -100,7 +115,7 @@ def simulate(
         block.get("weights", "stash"),
         block.get("extra_in_flight", 0),
     )
-    parts = split_by_blocks(layers(gpt), stages)
+    parts = split_by_blocks(make_layers(gpt), stages)
     simulator = DelaySimulator(parts, next_token_loss, make_optimizer, schedule, clip, make_lr, **more)
     replicas = more.get("replicas", 1)
     losses = [[] for _ in range(replicas)]
@@ -110,6 +125,8 @@ def simulate(
             kept.append(loss.item())
         if (m + 1) % gas == 0 and (m + 1) // gas in drain_after:
             simulator.drain()
+    if found is not None:
+        found.extend(simulator.skipped)
     return losses if replicas > 1 else losses[0], [list(simulator.parameters(s).values()) for s in range(stages)]
 
 

@@ -43,9 +43,11 @@ def sum_of_squares(x, partials, n, BLOCK: tl.constexpr):
     full = n // BLOCK
     total = tl.zeros((BLOCK,), tl.float32)
     # Whole blocks carry no mask: a mask of unknown alignment would undo the 128-bit loads.
-    for block in range(pid, full, programs):
-        value = tl.load(x + block.to(tl.int64) * BLOCK + lanes).to(tl.float32)
+    start = pid.to(tl.int64) * BLOCK
+    for _ in range(pid, full, programs):
+        value = tl.load(x + start + lanes).to(tl.float32)
         total += value * value
+        start += programs * BLOCK
     if pid == full % programs:
         offsets = full.to(tl.int64) * BLOCK + lanes
         value = tl.load(x + offsets, mask=offsets < n, other=0.0).to(tl.float32)

@@ -1,0 +1,49 @@
+"""Each kernel drives a whole run, and all come to the same weights within rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.multiproc import training as t
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = pytest.mark.multiproc
+
+CALLS = 5
+CASES = {
+    "float32": (t.NADAMW, {}),
+    "bf16 ZeRO-1": (t.NADAMW, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}),
+    "bf16, clipped": (t.NADAMW, {"bf16": {"enabled": True}, "gradient_clipping": 0.05}),
+}
+
+
+def train_with(rank, kernel):
+    results = {}
+    for name, (optimizer, more) in CASES.items():
+        config = t.ds_config(1, optimizer, {"kernel": kernel}, **more)
+        results[name] = t.train(rank, 2, 1, CALLS, config)
+    return results
+
+
+def test_triton_and_compile_train_as_torch_does():
+    reference = run_ranks(train_with, 2, kernel="torch")
+    for kernel in ("triton", "compile"):
+        others = run_ranks(train_with, 2, timeout=280, environment={"TRITON_INTERPRET": "1"}, kernel=kernel)
+        for name in CASES:
+            for one, other in zip(reference, others, strict=True):
+                for p, q in zip(one[name]["weights"], other[name]["weights"], strict=True):
+                    # 0.3 % of a step; bf16: a rounding may tip the other way, by one place.
+                    rtol = 2e-5 if p.dtype == torch.float32 else 2**-7
+                    assert torch.allclose(p, q, rtol=rtol, atol=1e-5), (kernel, name)
+
+
+def refuse_triton(rank):
+    t.build(1, t.ds_config(1, block={"kernel": "triton"}))
+
+
+def test_triton_without_a_gpu_is_one_clear_error():
+    ((kind, message),) = run_ranks(refuse_triton, 1, expect_errors=True)
+    assert kind == "KernelError"
+    assert "kernel 'triton' cannot run here: its kernels need a GPU" in message
+    assert "use 'compile', 'torch' or 'auto'" in message
