@@ -198,12 +198,12 @@ def _update_block(
         # torch.lerp starts from the nearer end.
         first = tl.where(average < 0.5, s0 + average * (g - s0), g - (g - s0) * (1.0 - average))
         second = s1 * tl.load(c + BETA2) + g * tl.load(c + ONE_MINUS_BETA2) * g
+        # One square root and one division an element: torch's two of each differ in the last place only.
+        denominator = tl.sqrt_rn(second * (1.0 / tl.load(c + BIAS2))) + tl.load(c + EPS)
+        move = first * tl.load(c + OF_MOMENTUM)
         if RULE == NADAMW:
-            denominator = tl.sqrt_rn(tl.div_rn(second, tl.load(c + BIAS2))) + tl.load(c + EPS)
-            new += tl.div_rn(g * tl.load(c + OF_GRADIENT), denominator)
-        else:
-            denominator = tl.sqrt_rn(second) * (1.0 / tl.sqrt_rn(tl.load(c + BIAS2))) + tl.load(c + EPS)
-        new += tl.div_rn(first * tl.load(c + OF_MOMENTUM), denominator)
+            move += g * tl.load(c + OF_GRADIENT)
+        new += tl.div_rn(move, denominator)
         second = tl.where(skip, s1, second)
     # Every lane writes: a skipped update keeps state and weights, and hands the same weights on as the next version.
     new = tl.where(skip, w, new)

@@ -1,0 +1,100 @@
+"""Compiles the Triton kernels for GPUs that need not be here, and prints what came out as JSON.
+
+    python -m tests.kernels.ahead_of_time
+
+One line a variant and architecture: registers and spills from the cubin's resource usage, and from the PTX every
+kind of global load and store, vector width included.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from noflush.kernels import fused
+from noflush.kernels.device import _BLOCK, _HYPERS, _NORM_BLOCK
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MODEL = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+
+
+def step_source(rule, gradient, model, moments):
+    """The update kernel for a rule and dtypes, pointers aligned to 16 bytes."""
+    types = {
+        "gradient": MODEL[gradient], "weights": "*fp32", "target": MODEL[model], "state0": MODEL[moments],
+        "state1": MODEL[moments], "c": "*fp32", "n": "i32",
+    }  # fmt: skip
+    constants = {
+        "RULE": {"nadamw": 0, "adamw": 1, "nag": 2}[rule], "MASTER": model != "fp32", "ZERO": True,
+        "ROUND": moments == "bf16", "BLOCK": _BLOCK,
+    }  # fmt: skip
+    return _source(fused.step, types, constants)
+
+
+def norm_source(gradient):
+    return _source(
+        fused.sum_of_squares, {"x": MODEL[gradient], "partials": "*fp32", "n": "i32"}, {"BLOCK": _NORM_BLOCK}
+    )
+
+
+def prepare_source(rule):
+    types = {
+        "hyper": "*fp64", "clocks": "*fp32", "norm": "*fp32", "scale": "*fp32", "coefficients": "*fp32",
+        "outcome": "*fp32", "max_norm": "*fp32",
+    }  # fmt: skip
+    constants = {"RULE": {"nadamw": 0, "adamw": 1, "nag": 2}[rule], "HYPERS": _HYPERS, "WORDS": fused.WORDS}
+    return _source(fused.prepare, types, constants)
+
+
+def _source(kernel, types, constants):
+    signature = types | dict.fromkeys(constants, "constexpr")
+    names = list(signature)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}
+    return ASTSource(
+        fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=aligned
+    )
+
+
+def compile_for(source, capability, warps):
+    """What the compiler made of ``source`` for an architecture such as 90 (sm_90)."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
+    accesses = collections.Counter(re.findall(r"(?:ld|st)\.global[\w.:]*", ptx))
+    found = {key: int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL")}
+    return {"registers": found["REG"], "spilled_bytes": found["STACK"] + found["LOCAL"], "accesses": dict(accesses)}
+
+
+def variants():
+    """name -> (source, warps)."""
+    found = {}
+    for rule in ("nadamw", "adamw", "nag"):
+        for gradient, model, moments in (("fp32", "fp32", "fp32"), ("fp32", "bf16", "fp32"), ("bf16", "bf16", "fp32"),
+                                         ("fp16", "fp16", "fp32"), ("bf16", "bf16", "bf16")):  # fmt: skip
+            if rule == "nag" and moments == "bf16":
+                continue
+            found[f"step {rule}, gradient {gradient}, model {model}, moments {moments}"] = (
+                step_source(rule, gradient, model, moments), 4,
+            )  # fmt: skip
+        found[f"prepare {rule}"] = (prepare_source(rule), 4)
+    for gradient in MODEL:
+        found[f"norm of {gradient}"] = (norm_source(gradient), 8)
+    return found
+
+
+if __name__ == "__main__":
+    for name, (source, warps) in variants().items():
+        for capability in (80, 90):
+            result = compile_for(source, capability, warps)
+            print(json.dumps({"kernel": name, "arch": f"sm_{capability}", "triton": triton.__version__} | result))
