@@ -210,7 +210,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_open_call(self) -> None:
         """Agrees with the other stages on the call, and hears what they have to tell."""
         guard = self._nf_guard
-        notices = guard.notices(before=self.global_steps - 1, report=self._nf_report)
+        notices = guard.notices(before=self.global_steps - 1)
         self.skipped_steps = guard.skips.total
         notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
         if notices.stopped_by is not None:
@@ -335,6 +335,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
         self._nf_report = report
         self._nf_loss_step = self._nf_runner.batches_finished + 1
+        self._nf_guard.hear(self.global_steps, self._nf_loss_step, report)
         if self.global_rank == 0 and self.monitor.enabled:
             samples = self._nf_loss_step * self._nf_samples_per_call
             self._nf_events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
@@ -364,6 +365,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             seconds=interval["seconds"] / self.steps_per_print(),
             samples=self._nf_samples_per_call,
             bubbles=self._nf_known_bubbles(),
+            skipped=self._nf_known_skips(),
+            scale=self._nf_known_scale(),
             breakdown=interval if self._nf_breakdown else None,
         )
         _say(line)
@@ -376,6 +379,16 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self._nf_bubbles = heard
             self._nf_bubbles[self.stage_id] = mine
         return self._nf_bubbles
+
+    def _nf_known_skips(self) -> list[int]:
+        """Every stage's skipped updates as last heard from it, this stage's newest."""
+        heard = [] if self._nf_report is None else self._nf_report[self._nf_layout.skipped].nan_to_num(0.0).tolist()
+        return [self._nf_guard.skips.total, *map(int, heard[1:])]
+
+    def _nf_known_scale(self) -> float | None:
+        if self._nf_report is None or not self.fp16_enabled():
+            return None
+        return float(self._nf_report[self._nf_layout.scale])
 
     def _nf_write_events(self) -> None:
         """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from noflush.config import AsyncPipelineConfig
 from noflush.intake import Notices
 from noflush.report import ReportLayout
 from noflush.schedule import Schedule
-from noflush.skips import NonFiniteGradients, SkippedUpdates
+from noflush.skips import LateReader, NonFiniteGradients, SkippedUpdates
 
 logger = logging.getLogger("noflush")
 
@@ -31,6 +32,8 @@ class UpdateGuard:
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, stage: int, layout: ReportLayout) -> None:
         self.skips = SkippedUpdates()
+        self._reports = LateReader()
+        self._in_a_row = [0]
         self.saved_to: str | None = None
         # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
         self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
@@ -39,11 +42,15 @@ class UpdateGuard:
         self._stop_dir = block.stop_dir
         self._layout = layout
 
-    def notices(self, before: int, report: Tensor | None) -> Notices:
+    def hear(self, call: int, batch: int, report: Tensor) -> None:
+        """Takes ``batch``'s report, which came in during ``call``; by it the first stage judges the others."""
+        if self._stage == 0:
+            self._reports.put(call, batch, report[self._layout.in_a_row])
+
+    def notices(self, before: int) -> Notices:
         """What this stage has to tell with the next call's header.
 
-        ``before``: outcomes of updates made in calls below are read now. ``report``: the newest report, by which the
-        first stage judges the others.
+        ``before``: what was learnt in calls below is read now.
         """
         skipped = self.skips.settle(before)
         for update, norm in skipped:
@@ -51,14 +58,16 @@ class UpdateGuard:
                 "noflush: stage %d skipped update %d: its gradient norm is %s (%d skipped in a row, %d in all)",
                 self._stage, update, norm, self.skips.in_a_row, self.skips.total,
             )  # fmt: skip
+        for _, in_a_row in self._reports.take(before):
+            self._in_a_row = [0 if math.isnan(n) else int(n) for n in in_a_row]
+        self._in_a_row[:1] = [self.skips.in_a_row]
         # Update n is that of batch n - 1.
-        return Notices(tuple(update - 1 for update, _ in skipped), self._judge(report) if self._stage == 0 else None)
+        return Notices(tuple(update - 1 for update, _ in skipped), self._judge() if self._stage == 0 else None)
 
-    def _judge(self, report: Tensor | None) -> tuple[int, int] | None:
-        rows = [] if report is None else report[self._layout.in_a_row].nan_to_num(0.0).tolist()
-        rows[:1] = [self.skips.in_a_row]
-        worst = max(range(len(rows)), key=rows.__getitem__)
-        return (worst, int(rows[worst])) if rows[worst] >= self._limit else None
+    def _judge(self) -> tuple[int, int] | None:
+        worst = max(range(len(self._in_a_row)), key=self._in_a_row.__getitem__)
+        count = self._in_a_row[worst]
+        return (worst, count) if count >= self._limit else None
 
     def stop_dir(self) -> str:
         """Where the checkpoint of a stopped run goes."""
@@ -76,5 +85,6 @@ class UpdateGuard:
 
     def restart(self, total: int) -> None:
         """Counts on from a loaded checkpoint's ``total``."""
-        self.skips.clear()
-        self.skips.total = total
+        self.skips.restart(total)
+        self._reports.clear()
+        self._in_a_row = [0]

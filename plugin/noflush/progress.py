@@ -14,6 +14,8 @@ def progress_line(
     seconds: float,
     samples: int,
     bubbles: Sequence[float],
+    skipped: Sequence[int] = (),
+    scale: float | None = None,
     breakdown: Mapping[str, float] | None = None,
 ) -> str:
     """DeepSpeed's line with the measured bubble behind it.
@@ -25,6 +27,8 @@ def progress_line(
         seconds: time of a call, averaged over the interval.
         samples: samples a call.
         bubbles: by stage, share of the interval without compute; nan where not heard from yet.
+        skipped: by stage, updates skipped so far for gradients that are not finite; named if there are any.
+        scale: the newest loss scale known (None: there is none).
         breakdown: milliseconds an action by name, to be appended.
     """
     words = [f"steps: {steps}"]
@@ -39,6 +43,10 @@ def progress_line(
     if known:
         by_stage = " ".join("-" if math.isnan(b) else f"{100 * b:.1f}" for b in bubbles)
         words.append(f"bubble: {100 * sum(known) / len(known):.1f}% (by stage: {by_stage})")
+    if any(skipped):
+        words.append(f"skipped updates: {sum(skipped)} (by stage: {' '.join(map(str, skipped))})")
+    if scale is not None:
+        words.append(f"loss scale: {scale:g}")
     if breakdown is not None:
         actions = [f"{k} {v:.2f}" for k, v in breakdown.items() if k not in ("seconds", "bubble")]
         words.append("ms an action: " + ", ".join(actions))

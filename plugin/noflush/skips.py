@@ -20,51 +20,72 @@ class NonFiniteGradients(RuntimeError):
 
 
 @dataclass(frozen=True)
-class _Pending:
+class _Note:
     call: int
-    update: int
+    number: int
     values: Tensor
     arrived: torch.cuda.Event | None
+
+
+class LateReader:
+    """Small device tensors on their way to the host, read in a later call without waiting."""
+
+    def __init__(self) -> None:
+        self._notes: deque[_Note] = deque()
+
+    def put(self, call: int, number: int, values: Tensor) -> None:
+        """Starts the copy of ``values``, which belong to ``call`` and are known by ``number``."""
+        arrived = None
+        if values.is_cuda:
+            # Only a copy into pinned memory does not wait.
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+        self._notes.append(_Note(call, number, values, arrived))
+
+    def take(self, before: int) -> list[tuple[int, list[float]]]:
+        """(number, values) of all that belong to calls below ``before``, in order."""
+        found = []
+        while self._notes and self._notes[0].call < before:
+            note = self._notes.popleft()
+            if note.arrived is not None:
+                note.arrived.synchronize()
+            found.append((note.number, note.values.tolist()))
+        return found
+
+    def clear(self) -> None:
+        """Forgets what is on its way."""
+        self._notes.clear()
 
 
 class SkippedUpdates:
     """Counts a stage's skipped updates.
 
     Attributes:
-        total: since the start (or the checkpoint).
+        total: since the start, that of loaded checkpoints included.
         in_a_row: the newest of them without a finite update between.
     """
 
     def __init__(self) -> None:
         self.total = 0
         self.in_a_row = 0
-        self._pending: deque[_Pending] = deque()
+        self._outcomes = LateReader()
 
     def note(self, call: int, update: int, outcome: Outcome) -> None:
         """Remembers the outcome of ``update``, made during ``call``; does not wait for it."""
-        values = torch.stack([outcome.norm, outcome.skipped]).detach()
-        arrived = None
-        if values.is_cuda:
-            values = values.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self._pending.append(_Pending(call, update, values, arrived))
+        self._outcomes.put(call, update, torch.stack([outcome.norm, outcome.skipped]).detach())
 
     def settle(self, before: int) -> list[tuple[int, float]]:
         """(update, norm) of the skipped updates made in calls below ``before``, counted now."""
         skipped = []
-        while self._pending and self._pending[0].call < before:
-            pending = self._pending.popleft()
-            if pending.arrived is not None:
-                pending.arrived.synchronize()
-            norm, flag = pending.values.tolist()
+        for update, (norm, flag) in self._outcomes.take(before):
             self.in_a_row = self.in_a_row + 1 if flag else 0
             if flag:
                 self.total += 1
-                skipped.append((pending.update, norm))
+                skipped.append((update, norm))
         return skipped
 
-    def clear(self) -> None:
-        """Forgets what is pending and the row, after a checkpoint was loaded."""
-        self._pending.clear()
-        self.in_a_row = 0
+    def restart(self, total: int) -> None:
+        """Counts on from a loaded checkpoint's ``total``."""
+        self._outcomes.clear()
+        self.total, self.in_a_row = total, 0

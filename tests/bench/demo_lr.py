@@ -21,8 +21,8 @@ from deepspeed.runtime.lr_schedules import WarmupCosineLR  # noqa: E402
 from noflush.demo import gpt, text  # noqa: E402
 from noflush.optim import DelayAwareNAdamW  # noqa: E402
 from noflush.schedule import Schedule  # noqa: E402
-from noflush.simulate import DelaySimulator  # noqa: E402
-from tests.bench.pipeline import RESULTS, commit, hardware  # noqa: E402
+from noflush.simulate import DelaySimulator, Precision  # noqa: E402
+from tests.bench.record import record  # noqa: E402
 
 
 def validation_loss(args, name, lr, data):
@@ -32,11 +32,17 @@ def validation_loss(args, name, lr, data):
         gpt.split_by_blocks(layers, args.stages),
         gpt.next_token_loss,
         lambda ps: DelayAwareNAdamW(
-            ps, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.01, momentum_schedule=args.momentum_schedule
+            ps,
+            lr=lr,
+            betas=(args.beta1, 0.999),
+            weight_decay=0.01,
+            momentum_schedule=args.momentum_schedule,
+            moments=args.moments,
         ),
         Schedule(args.stages, 1, name),
         clip=1.0,
         make_lr_scheduler=lambda o: WarmupCosineLR(o, args.steps, warmup_num_steps=args.steps // 20, cos_min_ratio=0.1),
+        precision=Precision(torch.bfloat16 if args.weights == "bf16" else torch.float32),
     )
     training, validation = data
     stream = text.batches(training, 8, 128, args.seed)
@@ -53,6 +59,8 @@ def main():
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--beta1", type=float, default=0.99)
     p.add_argument("--momentum-schedule", default="nadam")
+    p.add_argument("--moments", choices=["fp32", "bf16"], default="fp32")
+    p.add_argument("--weights", choices=["fp32", "bf16"], default="fp32", help="bf16: with float32 masters")
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--record", action="store_true")
     args = p.parse_args()
@@ -63,10 +71,7 @@ def main():
             row = vars(args) | {"schedule": name, "lr": lr, "val_loss": validation_loss(args, name, lr, data)}
             print(json.dumps(row), flush=True)
             if args.record:
-                command = "python tests/bench/demo_lr.py " + " ".join(sys.argv[1:])
-                row |= {"hardware": hardware(), "commit": commit(), "command": command}
-                with open(RESULTS / "demo_lr.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                record("demo_lr", row)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,10 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests.bench.record import record  # noqa: E402
 from tests.multiproc.ranks import run_ranks  # noqa: E402
-
-RESULTS = Path(__file__).parent / "results"
-
 
 COMPUTE_S = []  # what the emulated compute really took, call by call
 
@@ -169,17 +164,6 @@ def compute_ms(args):
     return worst * 1e3
 
 
-def hardware():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), "?")
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def commit():
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return out.stdout.strip()
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--stages", type=int, default=4)
@@ -231,15 +215,7 @@ def main():
         "extra_in_flight": args.extra_in_flight[0],
     }
     if args.record:
-        RESULTS.mkdir(exist_ok=True)
-        row = result | {
-            "hardware": hardware(),
-            "python": platform.python_version(),
-            "commit": commit(),
-            "command": "python tests/bench/pipeline.py " + " ".join(sys.argv[1:]),
-        }
-        with open(RESULTS / "pipeline.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        record("pipeline", result)
     if args.json:
         print(json.dumps(result))
     else:
