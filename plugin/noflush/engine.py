@@ -11,7 +11,6 @@ import atexit
 import math
 import time
 from collections import OrderedDict
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,22 +18,19 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from noflush.channels import TensorSpec, connect
+from noflush.assembly import make_intake, make_runner, make_update
 from noflush.config import AsyncPipelineConfig
 from noflush.deadlock import prove
+from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.guard import UpdateGuard
 from noflush.host_weights import weights_of
-from noflush.intake import Intake
-from noflush.kernels.choice import choose
 from noflush.loss_scale import TravellingScale
-from noflush.optim import RULES, DelayAwareOptimizer
+from noflush.optim import RULES
 from noflush.progress import progress_line
-from noflush.report import ReportLayout
-from noflush.runner import Payload, StageRunner
+from noflush.reports import BatchReports, ReportLayout
+from noflush.runner import Payload
 from noflush.schedule import Schedule
-from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate
 from noflush.trace import Recorder
-from noflush.versions import WeightRing
 
 _CALLS_PER_TRACE_FILE = 200
 
@@ -80,20 +76,18 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         assert schedule.gas == self.micro_batches, (schedule, self.micro_batches)
         self._nf_evaluating = False
         self._nf_samples_per_call = self.train_batch_size()
-        self._nf_loss_step: int | None = None
-        self._nf_report: Tensor | None = None
         self._nf_events: list[tuple[str, float, int]] = []
-        self._nf_bubbles = [math.nan] * schedule.stages
         self._nf_updated = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
-        self._nf_layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
+        layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
+        self._nf_reports = BatchReports(layout, self.stage_id, torch.device(self.device))
         self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
-        self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group())
-        self._nf_runner = self._nf_make_runner(block)
-        self._nf_intake = self._nf_make_intake(block)
-        self._nf_update, updated_by = self._nf_make_update(block)
-        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, self._nf_layout)
+        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group())
+        runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
+        self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
+        self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
+        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, layout)
         self._nf_restart_scale()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         if block.trace_dir:
@@ -104,59 +98,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"lag by stage {[schedule.lag(s) for s in range(schedule.stages)]}, "
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
-
-    def _nf_make_runner(self, block: AsyncPipelineConfig) -> StageRunner:
-        schedule, stage = self._nf_schedule, self.stage_id
-        # What no optimizer updates has one version for ever, and stays where it is.
-        weights = self._nf_weights
-        stash = schedule.weights != "latest"
-        ring = WeightRing(weights.layouts, schedule.versions_alive(stage), stash, home=weights.home)
-        drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
-        neighbours = connect(
-            pipelines=self.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
-            rank=self.global_rank,
-            ahead=[drop + 1 for drop in drops],
-            device=torch.device(self.device),
-            timeout_s=block.peer_timeout_s,
-        )
-        return StageRunner(
-            schedule,
-            stage,
-            ring,
-            neighbours,
-            work=self,
-            recorder=self._nf_recorder,
-            report=TensorSpec((self._nf_layout.words,), torch.float64, False),
-            post_across_calls=dist.get_backend() == "gloo",
-        )
-
-    def _nf_make_update(self, block: AsyncPipelineConfig) -> tuple[StageUpdate, str]:
-        """How this stage updates, and a line about it."""
-        weights, rule = self._nf_weights, self._nf_weights.rule
-        if not isinstance(rule, DelayAwareOptimizer):
-            return HostUpdate(weights, self, self.gradient_clipping()), f"{type(rule).__name__} through DeepSpeed"
-        schedule = self._nf_schedule
-        rule.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
-        count = sum(m.numel() for m in weights.masters(self._nf_runner.ring.newest_flats))
-        kernel, reason = choose(block.kernel, torch.device(self.device), count)
-        predivide = self.gradient_predivide_factor() if self.postscale_gradients() else float(self.dp_world_size)
-        update = FusedUpdate(weights, kernel, self.gradient_clipping(), self.communication_data_type, predivide)
-        return update, f"kernel {kernel.name} ({'; '.join(filter(None, (reason, update.tuned)))})"
-
-    def _nf_make_intake(self, block: AsyncPipelineConfig) -> Intake:
-        neighbours = self._nf_runner.neighbours
-        replicas = None
-        if self.dp_world_size > 1:
-            readers = [pipeline[0] for pipeline in self.grid._topo.get_axis_comm_lists("pipe")]
-            if self.num_stages == 1:
-                readers = list(range(dist.get_world_size()))
-            patience = timedelta(seconds=block.peer_timeout_s)
-            group = dist.new_group(readers, timeout=patience, backend="gloo")
-            replicas = group if self.is_first_stage() else None
-        reads = self.is_first_stage() or self.is_last_stage()
-        return Intake(
-            self.micro_batches, reads, super()._next_batch, neighbours.control_in, neighbours.control_out, replicas
-        )
 
     # ---- what a user reads -------------------------------------------------------------------------------
 
@@ -173,7 +114,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     @property
     def loss_step(self) -> int | None:
         """The call (counted from 1, as ``global_steps``) whose loss `train_batch` last returned; None before any."""
-        return self._nf_loss_step
+        return self._nf_reports.step
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -302,17 +243,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def make_report(self, received: Tensor | None) -> Tensor:
         """The loss of a finished batch and the stages' bubbles, on their way up (for the runner)."""
-        layout, skips = self._nf_layout, self._nf_guard.skips
+        reports = self._nf_reports
         if received is None:
-            received = torch.full((layout.words,), math.nan, dtype=torch.float64, device=self.device)
-            received[: layout.losses] = self._nf_batch_losses()
-            received[layout.scale] = 1.0 if self._nf_scale is None else self._nf_scale
-        report = received.clone()
-        report[layout.bubbles][self.stage_id] = self._nf_bubbles[self.stage_id]
-        report[layout.skipped][self.stage_id] = skips.total
-        report[layout.in_a_row][self.stage_id] = skips.in_a_row
+            received = reports.first(self._nf_batch_losses(), 1.0 if self._nf_scale is None else self._nf_scale)
+        report = reports.add(received, self._nf_runner.batches_finished + 1, self._nf_guard.skips)
         if self.fp16_enabled():
-            self._nf_scale = report[layout.scale]
+            self._nf_scale = report[reports.layout.scale]
         self._nf_learn(report)
         return report
 
@@ -322,7 +258,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.total_loss = self.total_additional_losses = None
         parts = [total, *(extra[name] for name in self._nf_loss_names)]
         losses = torch.stack([self._scale_loss_by_gas(part).detach().reshape(()) for part in parts])
-        self._nf_loss_dtype = losses.dtype
         if self.is_data_parallel:
             dist.all_reduce(losses, group=self.mpu.get_data_parallel_group())
             losses /= self.dp_world_size
@@ -333,11 +268,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         if self._nf_loss_names:
             values = report[1 : 1 + len(self._nf_loss_names)].float()
             self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
-        self._nf_report = report
-        self._nf_loss_step = self._nf_runner.batches_finished + 1
-        self._nf_guard.hear(self.global_steps, self._nf_loss_step, report)
+        step = self._nf_runner.batches_finished + 1
+        self._nf_guard.hear(self.global_steps, step, report)
         if self.global_rank == 0 and self.monitor.enabled:
-            samples = self._nf_loss_step * self._nf_samples_per_call
+            samples = step * self._nf_samples_per_call
             self._nf_events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
 
     # ---- reports -----------------------------------------------------------------------------------------
@@ -349,7 +283,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         due = every is not None and self.global_steps % every == 0
         if due:
             interval = self._nf_recorder.take_interval()
-            self._nf_bubbles[self.stage_id] = interval["bubble"]
+            self._nf_reports.bubble = interval["bubble"]
             if self.global_rank == 0:
                 self._report_progress(self.global_steps)
                 self._nf_print(interval)
@@ -364,31 +298,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             additional={k: float(v) for k, v in (self.agg_additional_losses or {}).items()},
             seconds=interval["seconds"] / self.steps_per_print(),
             samples=self._nf_samples_per_call,
-            bubbles=self._nf_known_bubbles(),
-            skipped=self._nf_known_skips(),
-            scale=self._nf_known_scale(),
+            bubbles=self._nf_reports.bubbles(),
+            skipped=self._nf_reports.skipped(self._nf_guard.skips.total),
+            scale=self._nf_reports.scale() if self.fp16_enabled() else None,
             breakdown=interval if self._nf_breakdown else None,
         )
         _say(line)
-
-    def _nf_known_bubbles(self) -> list[float]:
-        """Every stage's bubble as last heard from it, this stage's newest."""
-        if self._nf_report is not None:
-            heard = self._nf_report[self._nf_layout.bubbles].tolist()
-            mine = self._nf_bubbles[self.stage_id]
-            self._nf_bubbles = heard
-            self._nf_bubbles[self.stage_id] = mine
-        return self._nf_bubbles
-
-    def _nf_known_skips(self) -> list[int]:
-        """Every stage's skipped updates as last heard from it, this stage's newest."""
-        heard = [] if self._nf_report is None else self._nf_report[self._nf_layout.skipped].nan_to_num(0.0).tolist()
-        return [self._nf_guard.skips.total, *map(int, heard[1:])]
-
-    def _nf_known_scale(self) -> float | None:
-        if self._nf_report is None or not self.fp16_enabled():
-            return None
-        return float(self._nf_report[self._nf_layout.scale])
 
     def _nf_write_events(self) -> None:
         """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt."""
@@ -444,7 +359,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_intake.clear()
         self._nf_guard.restart(self.skipped_steps)
         self._nf_restart_scale()
-        self._nf_loss_step = self._nf_report = None
+        self._nf_reports.clear()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
 

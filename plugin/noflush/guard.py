@@ -9,7 +9,7 @@ from torch import Tensor
 
 from noflush.config import AsyncPipelineConfig
 from noflush.intake import Notices
-from noflush.report import ReportLayout
+from noflush.reports import ReportLayout
 from noflush.schedule import Schedule
 from noflush.skips import LateReader, NonFiniteGradients, SkippedUpdates
 

@@ -21,8 +21,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from noflush.flat_optimizer import FlatGroup
 from noflush.gradients import FlatGradients
-from noflush.optim import FlatGroup
 from noflush.versions import FlatLayout, lay_out, layout_within
 
 

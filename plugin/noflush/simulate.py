@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from noflush.optim import DelayAwareOptimizer
+from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.schedule import Schedule
 
 Payload = Tensor | tuple[Tensor, ...]

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.host_weights import HostWeights, PlainWeights, ZeroWeights, gather_weights, reduce_gradients
 from noflush.kernels.flat import Kernel, Outcome
 from noflush.kernels.norm import gradient_norm
-from noflush.optim import DelayAwareOptimizer
 from noflush.versions import WeightRing
 
 

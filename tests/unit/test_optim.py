@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from noflush.flat_optimizer import FlatGroup
 from noflush.kernels.host import HostKernel
-from noflush.optim import RULES, DelayAwareNAdamW, DelayAwareNAG, FlatGroup, PipeDreamAdamW
+from noflush.optim import RULES, DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW
 from noflush.versions import lay_out
 
 SHAPES = [(64, 33), (7,), (1,), (3, 5, 2), (129,)]

@@ -1,0 +1,82 @@
+"""Puts an engine's parts together: what DeepSpeed's engine knows, handed to parts that know nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from noflush.channels import Neighbours, TensorSpec, connect
+from noflush.config import AsyncPipelineConfig
+from noflush.flat_optimizer import DelayAwareOptimizer
+from noflush.host_weights import HostWeights
+from noflush.intake import Intake
+from noflush.kernels.choice import choose
+from noflush.runner import StageRunner
+from noflush.schedule import Schedule
+from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate
+from noflush.trace import Recorder
+from noflush.versions import WeightRing
+
+
+def make_runner(
+    engine: Any,
+    block: AsyncPipelineConfig,
+    schedule: Schedule,
+    weights: HostWeights,
+    recorder: Recorder,
+    report_words: int,
+) -> StageRunner:
+    """The stage's runner, with its weight ring and its channels."""
+    # What no optimizer updates has one version for ever, and stays where it is.
+    stash = schedule.weights != "latest"
+    ring = WeightRing(weights.layouts, schedule.versions_alive(engine.stage_id), stash, home=weights.home)
+    drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
+    neighbours = connect(
+        pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
+        rank=engine.global_rank,
+        ahead=[drop + 1 for drop in drops],
+        device=torch.device(engine.device),
+        timeout_s=block.peer_timeout_s,
+    )
+    return StageRunner(
+        schedule,
+        engine.stage_id,
+        ring,
+        neighbours,
+        work=engine,
+        recorder=recorder,
+        report=TensorSpec((report_words,), torch.float64, False),
+        post_across_calls=dist.get_backend() == "gloo",
+    )
+
+
+def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any], neighbours: Neighbours) -> Intake:
+    """The rank's intake; ``pull`` gives DeepSpeed's next micro-batch."""
+    replicas = None
+    if engine.dp_world_size > 1:
+        readers = [pipeline[0] for pipeline in engine.grid._topo.get_axis_comm_lists("pipe")]
+        if engine.num_stages == 1:
+            readers = list(range(dist.get_world_size()))
+        group = dist.new_group(readers, timeout=timedelta(seconds=block.peer_timeout_s), backend="gloo")
+        replicas = group if engine.is_first_stage() else None
+    reads = engine.is_first_stage() or engine.is_last_stage()
+    return Intake(engine.micro_batches, reads, pull, neighbours.control_in, neighbours.control_out, replicas)
+
+
+def make_update(
+    engine: Any, block: AsyncPipelineConfig, schedule: Schedule, weights: HostWeights, ring: WeightRing
+) -> tuple[StageUpdate, str]:
+    """How the stage updates, and a line about it. Raises KernelError for a kernel that cannot run here."""
+    rule, max_norm = weights.rule, engine.gradient_clipping()
+    if not isinstance(rule, DelayAwareOptimizer):
+        return HostUpdate(weights, engine, max_norm), f"{type(rule).__name__} through DeepSpeed"
+    rule.set_stage(engine.stage_id, engine.num_stages, schedule.mean_delay(engine.stage_id))
+    count = sum(m.numel() for m in weights.masters(ring.newest_flats))
+    kernel, reason = choose(block.kernel, torch.device(engine.device), count)
+    predivide = engine.gradient_predivide_factor() if engine.postscale_gradients() else float(engine.dp_world_size)
+    update = FusedUpdate(weights, kernel, max_norm, engine.communication_data_type, predivide)
+    return update, f"kernel {kernel.name} ({'; '.join(filter(None, (reason, update.tuned)))})"
