@@ -84,11 +84,14 @@ def test_folder_without_traces(tmp_path, capsys):
 
 
 def test_progress_line():
-    line = progress_line(20, 1.25, 17, {"moe": 0.5}, 0.1, 8, [0.5, float("nan")], {"seconds": 1, "forward": 2.0})
+    breakdown = {"seconds": 1, "forward": 2.0}
+    line = progress_line(20, 1.25, 17, {"moe": 0.5}, 0.1, 8, [0.5, float("nan")], breakdown=breakdown)
     assert line == (
         "steps: 20 loss: 1.2500 (of step 17) moe: 0.5000 iter time (s): 0.100 samples/sec: 80.000 "
         "bubble: 50.0% (by stage: 50.0 -) ms an action: forward 2.00"
     )
+    skipping = progress_line(20, 1.25, 17, {}, 0.1, 8, [0.5, 0.25], skipped=[0, 3], scale=2.0**15)
+    assert skipping.endswith("(by stage: 50.0 25.0) skipped updates: 3 (by stage: 0 3) loss scale: 32768")
     nothing = progress_line(2, float("nan"), None, {}, 0.1, 8, [float("nan")])
     assert "loss: not known yet" in nothing
     assert "nan" not in nothing

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from noflush.optim import DelayAwareNAdamW
-from noflush.versions import WeightRing, WeightVersionError, lay_out
+from noflush.versions import WeightRing, WeightVersionError, lay_out, layout_within
 
 
 def model():
@@ -141,3 +141,42 @@ def test_memory_is_slots_times_weights_and_never_grows():
 def test_parameters_are_aligned_as_torch_aligns_them():
     net, _, _ = make(slots=2)
     assert all(p.data_ptr() % 64 == 0 for p in net.parameters())
+
+
+def test_going_home_moves_the_newest_version_and_nothing_else():
+    net, ring, optimizer = make(slots=3)
+    home = net[0].weight.data_ptr()
+    for updates in range(1, 6):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        ring.update_in_place(optimizer, skip=False)
+        before = [p.detach().clone() for p in net.parameters()]
+        if updates % 2:
+            ring.go_home()
+            assert net[0].weight.data_ptr() == home
+            assert ring.newest == updates
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    loss = forward(net, ring, 0, 5)
+    with pytest.raises(WeightVersionError, match="drain first"):
+        ring.go_home()
+    backward(ring, loss, 0)
+
+
+def test_a_skipped_update_is_a_new_version_of_the_same_weights():
+    net, ring, optimizer = make(slots=2, rule=torch.optim.SGD)
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    ring.update_in_place(optimizer, skip=True)
+    assert ring.newest == 1
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_layout_is_read_off_a_flat_tensor():
+    flat = torch.arange(20.0)
+    inside = [nn.Parameter(torch.empty(2, 3)), nn.Parameter(torch.empty(4))]
+    inside[0].data, inside[1].data = flat[2:8].view(2, 3), flat[10:14]
+    assert layout_within(inside, flat).offsets == (2, 10)
+    inside[1].data = torch.zeros(4)
+    with pytest.raises(WeightVersionError, match=r"shape \(4,\) lies outside"):
+        layout_within(inside, flat)
