@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo test test-all check bench format clean
+.PHONY: setup demo test test-all check bench bench-gpu format clean
 
 setup: $(READY)
 
@@ -36,6 +36,15 @@ bench: setup
 		$(BIN)/python tests/bench/pipeline.py --stages $$stages --gas $$gas --record || exit 1; done; done
 	for gas in 1 2 4 8; do $(BIN)/python tests/bench/pipeline.py --stages 2 --gas $$gas --real --record || exit 1; done
 	$(BIN)/python tests/bench/pipeline.py --stages 2 --gas 1 --forward-ms 0 --backward-ms 0 --record
+	$(BIN)/python tests/bench/update.py --device cpu --record
+	$(BIN)/python tests/bench/update.py --device cpu --model bf16 --record
+
+# Everything that needs a GPU: bandwidth at 100 M and 1 B parameters, no synchronisation, no allocation, graph capture.
+bench-gpu: setup
+	for n in 100000000 1000000000; do for model in fp32 bf16; do \
+		$(BIN)/python tests/bench/update.py --device cuda --numel $$n --model $$model --record || exit 1; done; done
+	$(BIN)/python tests/bench/update.py --device cuda --numel 1000000000 --gradient bf16 --model bf16 --record
+	$(BIN)/python tests/bench/update.py --device cuda --numel 1000000000 --gradient bf16 --model bf16 --moments bf16 --record
 
 format: setup
 	$(BIN)/ruff check --fix -q .

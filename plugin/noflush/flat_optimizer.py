@@ -74,7 +74,9 @@ class DelayAwareOptimizer(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update in place of every parameter that has a gradient."""
+        """One update in place of every parameter that has a gradient. Raises RuntimeError after `flatten`."""
+        if self._flat:
+            raise RuntimeError(f"{type(self).__name__} keeps flat state now: its parameters are updated by step_flat")
         loss = None
         if closure is not None:
             with torch.enable_grad():

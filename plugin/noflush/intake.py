@@ -65,6 +65,7 @@ class Intake:
         self._out = control_out
         self._replicas = replicas
         self._pending: deque[Any] = deque()
+        self._overflows: tuple[int, ...] = ()
 
     def next(self) -> Any:
         """The next micro-batch of the call under way."""
@@ -78,7 +79,8 @@ class Intake:
         """Pulls K micro-batches and agrees on it with the other stages.
 
         ``call`` is the number of the `train_batch` call (for errors), ``message`` the activation it starts with.
-        Returns the notices of this stage and all before it. Where they stop the run, nothing was pulled.
+        Returns the notices of this stage and all before it, those of calls that raised included. Where they stop the
+        run, nothing was pulled.
         Raises DataExhausted on every stage if there are fewer, PeerError if first and last stage disagree.
         """
         notices = mine
@@ -94,6 +96,7 @@ class Intake:
         if self._out is not None:
             stage, skipped = notices.stopped_by or (0, 0)
             self._out.send([pulled, ready, stage, skipped, *notices.overflows], before=message)
+        self._overflows += notices.overflows
         if notices.stopped_by:
             return notices
         if self._out is None and self._in is not None:
@@ -109,7 +112,8 @@ class Intake:
                 "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
                 "drain() to finish what is in flight"
             )
-        return notices
+        heard, self._overflows = self._overflows, ()
+        return Notices(heard)
 
     def _fill(self, count: int) -> None:
         while self._reads and len(self._pending) < count:

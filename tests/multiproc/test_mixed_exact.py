@@ -49,6 +49,7 @@ def cases(stages, replicas):
         sums = BF16 | ZERO | FP32_SUMS
         kinds += [
             ("float32", {}, Precision()),
+            ("bf16", BF16, IN_BF16),
             ("bf16, fp32 sums and wire, ZeRO-1", sums | FP32_WIRE, ALL_IN_FP32),
             ("bf16, fp32 sums, ZeRO-1", sums, SUMS_IN_FP32),
         ]

@@ -105,6 +105,8 @@ def test_flat_state_survives_a_state_dict(rule):
         optimizer.param_groups[0]["lr"] = 0.5  # the groups in force, not those of before the load
         gradient = torch.ones(layout.numel)
         optimizer.step_flat(kernel, [gradient], [w], [out], True, kernel.norm([gradient]))
+    with pytest.raises(RuntimeError, match="keeps flat state now"):
+        a.step()
     gaps = torch.ones(layout.numel, dtype=torch.bool)
     for view in layout.views(gaps):
         view.fill_(False)

@@ -1,0 +1,24 @@
+"""A single stage's intake: nothing pulled is lost, nor anything told."""
+
+from __future__ import annotations
+
+import pytest
+
+from noflush.intake import DataExhausted, Intake, Notices
+
+
+def test_overflows_told_in_a_call_without_data_are_heard_in_the_next():
+    data = iter([1])
+    intake = Intake(2, True, lambda: next(data), None, None, None)
+    with pytest.raises(DataExhausted, match="after 1 of 2 micro-batches"):
+        intake.open_call(0, 0, Notices(overflows=(7,)))
+    data = iter([2])
+    assert intake.open_call(0, 0, Notices(overflows=(8,))).overflows == (7, 8)
+    assert [intake.next(), intake.next()] == [1, 2]
+    data = iter([3, 4])
+    assert intake.open_call(1, 2) == Notices()
+
+
+def test_a_call_that_stops_the_run_pulls_nothing():
+    intake = Intake(1, True, lambda: pytest.fail("pulled"), None, None, None)
+    assert intake.open_call(5, 5, Notices(stopped_by=(2, 100))).stopped_by == (2, 100)
