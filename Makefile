@@ -29,7 +29,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not multiproc and not e2e"
+	$(BIN)/python -m pytest -m "not slow and not multiproc and not kernels and not e2e"
 
 bench: setup
 	for gas in 1 4 8; do for stages in 4 8; do \

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):

@@ -15,6 +15,8 @@ from noflush.kernels.host import CompiledKernel, HostKernel
 from noflush.kernels.reference import RULES, noise, round_stochastically
 from noflush.kernels.scalars import COEFFICIENTS, Hyper, momentum
 
+pytestmark = pytest.mark.kernels
+
 ULP = 2.0**-23
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -12,6 +12,8 @@ Formulas: `scalars` and `reference`, which these are tested against.
 # mypy: disable-error-code="no-untyped-def,attr-defined,untyped-decorator"
 # Triton reads annotations as kernel types, so only constants carry one.
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -28,6 +30,8 @@ OF_MOMENTUM: tl.constexpr = tl.constexpr(8)
 SKIP: tl.constexpr = tl.constexpr(9)
 SEED: tl.constexpr = tl.constexpr(10)
 WORDS = 12
+
+LOG2_OF_096: tl.constexpr = tl.constexpr(math.log2(0.96))
 
 NADAMW: tl.constexpr = tl.constexpr(0)
 ADAMW: tl.constexpr = tl.constexpr(1)
@@ -74,7 +78,7 @@ def _power(base, exponent):
 
 @triton.jit
 def _momentum(beta1, fixed, momentum_decay, step):
-    return tl.where(fixed != 0, beta1, beta1 * (1.0 - 0.5 * _power(beta1 * 0 + 0.96, step * momentum_decay)))
+    return tl.where(fixed != 0, beta1, beta1 * (1.0 - 0.5 * tl.exp2(step * momentum_decay * LOG2_OF_096)))
 
 
 @triton.jit
