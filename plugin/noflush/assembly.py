@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from noflush.channels import Neighbours, TensorSpec, connect
-from noflush.config import AsyncPipelineConfig
+from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.host_weights import HostWeights
 from noflush.intake import Intake
@@ -70,9 +70,16 @@ def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any]
 def make_update(
     engine: Any, block: AsyncPipelineConfig, schedule: Schedule, weights: HostWeights, ring: WeightRing
 ) -> tuple[StageUpdate, str]:
-    """How the stage updates, and a line about it. Raises KernelError for a kernel that cannot run here."""
+    """How the stage updates, and a line about it. Raises KernelError or ConfigError for a kernel that is no use."""
     rule, max_norm = weights.rule, engine.gradient_clipping()
     if not isinstance(rule, DelayAwareOptimizer):
+        if block.kernel in ("triton", "compile"):
+            raise ConfigError(
+                [
+                    f"async_pipeline.kernel is {block.kernel!r}, but the optimizer is a {type(rule).__name__}, which "
+                    "updates by itself: leave kernel out, or pass one of noflush's optimizers"
+                ]
+            )
         return HostUpdate(weights, engine, max_norm), f"{type(rule).__name__} through DeepSpeed"
     rule.set_stage(engine.stage_id, engine.num_stages, schedule.mean_delay(engine.stage_id))
     count = sum(m.numel() for m in weights.masters(ring.newest_flats))

@@ -62,7 +62,7 @@ class AsyncPipelineConfig:
 
     max_skipped_updates: int = 100
     """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
-    ends. fp16 skips a few while its first loss scale falls."""
+    ends. With a dynamic loss scale 20 times (stage 0's lag in batches + 4) come on top, for the scale to fall."""
 
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
@@ -136,7 +136,9 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "to deepspeed.initialize"
         )
     named = _at(ds_config, "optimizer", "type")
-    if config and config.kernel in ("triton", "compile") and named not in (None, *OUR_OPTIMIZERS):
+    # A client's optimizer is judged once it is there.
+    ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
+    if config and config.kernel in ("triton", "compile") and not ours:
         faults.append(
             f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
             f"choose one of {', '.join(OUR_OPTIMIZERS)}"
@@ -251,11 +253,18 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     elif zero not in (None, 0, 1):
         faults.append(f"zero_optimization.stage is {zero!r}: it must be 0 or 1")
     faults += _faults_of_precision(ds, zero or 0)
-    for key in ("offload_optimizer", "offload_param", "zenflow"):
-        if _at(ds, "zero_optimization", key):
+    for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow"):
+        value = _at(ds, "zero_optimization", key)
+        if value and not (isinstance(value, Mapping) and value.get("device", "none") in (None, "none")):
             faults.append(
                 f"zero_optimization.{key} is set: the next weight version is written on the device; take it out"
             )
+    if _at(ds, "zero_optimization", "elastic_checkpoint"):
+        faults.append(
+            "zero_optimization.elastic_checkpoint is true: DeepSpeed cannot load what it then saves; take it out"
+        )
+    if _at(ds, "amp", "enabled"):
+        faults.append("amp.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
     if _at(ds, "curriculum_learning", "enabled") or _at(ds, "data_efficiency", "enabled"):
         faults.append(
             "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; "

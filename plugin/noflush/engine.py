@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import sys
 import time
 from collections import OrderedDict
 from typing import Any
@@ -30,6 +31,7 @@ from noflush.progress import progress_line
 from noflush.reports import BatchReports, ReportLayout
 from noflush.runner import Payload
 from noflush.schedule import Schedule
+from noflush.skips import LateReader
 from noflush.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
@@ -77,6 +79,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_evaluating = False
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
+        self._nf_losses = LateReader()
         self._nf_updated = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
         layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
@@ -87,7 +90,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
         self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
         self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
-        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, layout)
+        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, layout, self._nf_scales_dynamically())
         self._nf_restart_scale()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         if block.trace_dir:
@@ -172,11 +175,32 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.module.train()
         self._nf_runner.drain()
         self.module.train(was_training)
+        if self.fp16_enabled():
+            self._nf_agree_on_scale()
+        else:
+            self._nf_guard.notices(before=sys.maxsize)
+        self.skipped_steps = self._nf_guard.skips.total
         # DeepSpeed's checkpoints and its views of master weights expect the weights where it put them.
         self._nf_runner.ring.go_home()
         self._nf_weights.point_at(self._nf_runner.ring.newest_flats)
         self._nf_recorder.write()
-        self._nf_write_events()
+        self._nf_write_events(before=sys.maxsize)
+
+    def _nf_agree_on_scale(self) -> None:
+        """On a drained pipeline: the last stage hears of every overflow, and all stages of its scaler.
+
+        So a checkpoint holds one scaler, as stock DeepSpeed expects, and a resumed run scales as this one goes on to.
+        """
+        mine = [*self._nf_guard.notices(before=sys.maxsize).overflows, *self._nf_intake.take_overflows()]
+        group, pipeline = self.grid.get_pipe_parallel_group(), self.num_stages
+        told: list[Any] = [None] * pipeline
+        dist.all_gather_object(told, mine, group=group)
+        if self._nf_scale_owner is not None:
+            for batch in sorted({batch for overflows in told for batch in overflows}):
+                self._nf_scale_owner.hear(batch)
+            self._nf_scale_owner.settle()
+        dist.all_gather_object(told, vars(self.optimizer.loss_scaler), group=group)
+        vars(self.optimizer.loss_scaler).update(told[-1])
 
     def _next_batch(self) -> Any:
         return super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
@@ -271,8 +295,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         step = self._nf_runner.batches_finished + 1
         self._nf_guard.hear(self.global_steps, step, report)
         if self.global_rank == 0 and self.monitor.enabled:
-            samples = step * self._nf_samples_per_call
-            self._nf_events.append(("Train/Samples/train_loss", float(self.agg_train_loss), samples))
+            self._nf_losses.put(self.global_steps, step * self._nf_samples_per_call, report[:1])
 
     # ---- reports -----------------------------------------------------------------------------------------
 
@@ -288,7 +311,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 self._report_progress(self.global_steps)
                 self._nf_print(interval)
                 self._nf_events.append(("Train/Samples/bubble", interval["bubble"], self.global_samples))
-        self._nf_write_events()
+        self._nf_write_events(before=self.global_steps - 1)
 
     def _nf_print(self, interval: dict[str, float]) -> None:
         line = progress_line(
@@ -305,9 +328,14 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         )
         _say(line)
 
-    def _nf_write_events(self) -> None:
-        """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt."""
-        events, self._nf_events = self._nf_events, []
+    def _nf_write_events(self, before: int) -> None:
+        """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt.
+
+        ``before``: losses learnt in calls below; read a call late, so that no call waits for its device.
+        """
+        losses = self._nf_losses.take(before)
+        events = [("Train/Samples/train_loss", loss, samples) for samples, (loss,) in losses] + self._nf_events
+        self._nf_events = []
         if events and self.global_rank == 0 and self.monitor.enabled:
             self.monitor.write_events(events)
 
@@ -345,6 +373,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         """
         self.drain()
         rule = self._nf_weights.rule
+        kept = dict(rule.state)
         if isinstance(rule, DelayAwareOptimizer):
             rule.forget_weights()
         self._nf_loads_shards = self.using_bf16_optimizer
@@ -352,6 +381,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             result = super().load_checkpoint(*args, **kwargs)
         finally:
             self._nf_loads_shards = False
+        if result[0] is None:  # nothing was loaded
+            rule.state.update(kept)
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
         self._nf_runner.ring.restart(self.global_steps)
@@ -380,6 +411,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             f"set_train_batch_size({train_batch_size}): the update interval cannot change while noflush runs; save a "
             "checkpoint, set gradient_accumulation_steps in the config and load it again"
         )
+
+    def _nf_scales_dynamically(self) -> bool:
+        return bool(self.fp16_enabled() and self.optimizer.dynamic_loss_scale)
 
     def _nf_restart_scale(self) -> None:
         """The last stage takes the loss scaler over from DeepSpeed's optimizer, which a checkpoint replaces."""

@@ -97,7 +97,7 @@ class DelayAwareOptimizer(Optimizer):
             state.update(zip(self.STATE, self._new_state(p, dtype), strict=True))
         state["step"] += 1
         step = state["step"].item()
-        state["mu_product"] *= momentum(hyper, step)
+        state["mu_product"] = state.get("mu_product", torch.ones(())) * momentum(hyper, step)
         c = COEFFICIENTS[self.RULE](hyper, step, state["mu_product"].item(), 1.0)
         tensors = tuple(state[name] for name in self.STATE)
         ARITHMETIC[self.RULE](p.grad, p, p, tensors, c, False, False, int(step))
@@ -119,9 +119,10 @@ class DelayAwareOptimizer(Optimizer):
 
         The parameters' dtype is float32; gradients and targets of other dtypes are `step_flat`'s business.
         """
-        for where in groups:
-            for p in where.params:
-                self._check_parameter(p)
+        for p in (p for where in groups for p in where.params):
+            self._check_parameter(p)
+            if p.dtype != torch.float32:
+                raise RuntimeError(f"{type(self).__name__} got a parameter of {p.dtype}: under noflush it is float32")
         device = groups[0].params[0].device if groups else torch.device("cpu")
         self._clocks = torch.zeros((len(groups), 2), device=kernel.clock_device(device))
         self._clocks[:, 1] = 1.0
@@ -144,9 +145,8 @@ class DelayAwareOptimizer(Optimizer):
                 state = self.state[p]
                 for view, name, fresh in zip(views, self.STATE, self._new_state(p, None), strict=True):
                     view.copy_(state.get(name, fresh))
-                if state:
-                    flat.clock[0] = state["step"]
-                    flat.clock[1] = state.get("mu_product", 1.0)
+                flat.clock[0] = state.get("step", 0.0)
+                flat.clock[1] = state.get("mu_product", 1.0)
                 self.state[p] = {"step": flat.clock[0], "mu_product": flat.clock[1]}
                 self.state[p].update(zip(self.STATE, views, strict=True))
 
@@ -181,6 +181,23 @@ class DelayAwareOptimizer(Optimizer):
             for g, w, t, state in zip(gradients, weights, targets, self._flat, strict=True)
         ]
         return kernel.update(self.RULE, flats, norm, max_norm, scale)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the groups of torch's own NAdam or AdamW too: what they do not name keeps this rule's default.
+
+        Raises ValueError if they ask for what this rule does not do.
+        """
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            if group.get("amsgrad") or group.get("maximize"):
+                raise ValueError(f"{type(self).__name__} takes no state of an optimizer with amsgrad or maximize")
+            if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+                raise ValueError(
+                    f"the state is of an optimizer whose weight_decay {group['weight_decay']} goes into the gradient; "
+                    f"{type(self).__name__} shrinks the weights themselves: set weight_decay to 0 in it, or start anew"
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; flat state takes the loaded values over."""

@@ -16,6 +16,10 @@ from noflush.skips import LateReader, NonFiniteGradients, SkippedUpdates
 logger = logging.getLogger("noflush")
 
 
+# From 2^16 to 1, with some hysteresis.
+_HALVINGS = 20
+
+
 class UpdateGuard:
     """One stage's.
 
@@ -23,6 +27,7 @@ class UpdateGuard:
         block: its ``max_skipped_updates`` and ``stop_dir``.
         schedule, stage: where it stands.
         layout: of the reports.
+        scaled: whether a dynamic loss scale may have to fall first.
 
     Attributes:
         skips: the stage's count.
@@ -30,7 +35,9 @@ class UpdateGuard:
         horizon: batches after which no stage can still tell of an overflow.
     """
 
-    def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, stage: int, layout: ReportLayout) -> None:
+    def __init__(
+        self, block: AsyncPipelineConfig, schedule: Schedule, stage: int, layout: ReportLayout, scaled: bool = False
+    ) -> None:
         self.skips = SkippedUpdates()
         self._reports = LateReader()
         self._in_a_row = [0]
@@ -38,7 +45,8 @@ class UpdateGuard:
         # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
         self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
         self._stage = stage
-        self._limit = block.max_skipped_updates
+        # A loss scale on its way down: each halving costs the first stages the batches that were in flight with it.
+        self._limit = block.max_skipped_updates + (_HALVINGS * self.horizon if scaled else 0)
         self._stop_dir = block.stop_dir
         self._layout = layout
 
@@ -77,8 +85,8 @@ class UpdateGuard:
         """Why the run ends, what was saved, and what to do."""
         stage, count = stopped_by
         return NonFiniteGradients(
-            f"stage {stage} skipped {count} updates in a row (async_pipeline.max_skipped_updates is {self._limit}): "
-            f"its gradients are not finite. Its weights are those from before the first of them; the run is saved in "
+            f"stage {stage} skipped {count} updates in a row (max_skipped_updates allows {self._limit}): "
+            "its gradients are not finite. Its weights are those from before the first of them; the run is saved in "
             f"{checkpoint}. Look at the data of these calls, or lower the learning rate, and load that checkpoint or "
             "an older one"
         )

@@ -87,7 +87,8 @@ class PlainWeights:
         self._groups = []
         self.layouts = []
         for number, group in enumerate(optimizer.param_groups):
-            for layout in lay_out(group["params"]):
+            # What is frozen has no gradient, and so one version for ever.
+            for layout in lay_out(p for p in group["params"] if p.requires_grad):
                 self._groups.append(FlatGroup(number, layout.params, layout.offsets, layout.numel))
                 self.layouts.append(layout)
         self._gradients: FlatGradients | None = None

@@ -75,6 +75,11 @@ class Intake:
         """Forgets micro-batches that were kept after `DataExhausted`."""
         self._pending.clear()
 
+    def take_overflows(self) -> tuple[int, ...]:
+        """Overflows that were told in calls that raised, and that nobody has heard yet."""
+        heard, self._overflows = self._overflows, ()
+        return heard
+
     def open_call(self, call: int, message: int, mine: Notices = _NONE) -> Notices:
         """Pulls K micro-batches and agrees on it with the other stages.
 
@@ -112,8 +117,7 @@ class Intake:
                 "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
                 "drain() to finish what is in flight"
             )
-        heard, self._overflows = self._overflows, ()
-        return Notices(heard)
+        return Notices(self.take_overflows())
 
     def _fill(self, count: int) -> None:
         while self._reads and len(self._pending) < count:

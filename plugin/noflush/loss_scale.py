@@ -42,22 +42,22 @@ class TravellingScale:
 
     def begin(self, batch: int) -> float:
         """The scale of ``batch``, fixed before its first backward; settles what was heard since the last one."""
+        self.settle()
+        self._fresh = False
+        self._generations[batch] = self._generation
+        self._generations.pop(batch - self._horizon, None)
+        return float(self._scaler.cur_scale)
+
+    def settle(self) -> None:
+        """Judges the batches begun since the last time, by what was heard. After a drain, that is all there is."""
         if not self._fresh:
             before = self._scaler.cur_scale
             self._scaler.update_scale(self._overflow)
             if self._scaler.cur_scale < before:
                 self._generation += 1
-        self._fresh = self._overflow = False
-        self._generations[batch] = self._generation
-        self._generations.pop(batch - self._horizon, None)
-        return float(self._scaler.cur_scale)
+        self._fresh, self._overflow = True, False
 
     def hear(self, batch: int) -> None:
         """Some stage skipped its update of ``batch``."""
         if self._generations.get(batch) == self._generation:
             self._overflow = True
-
-    def restart(self) -> None:
-        """Forgets the batches so far, after a checkpoint was loaded."""
-        self._generations.clear()
-        self._overflow, self._fresh = False, True

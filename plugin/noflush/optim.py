@@ -95,6 +95,7 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
                 "stage_momentum": stage_momentum,
                 "lr_discount_steps": lr_discount_steps,
                 "moments": moments,
+                "decoupled_weight_decay": True,  # for torch.optim.NAdam, should it load this state
             },
         )
 
@@ -214,8 +215,6 @@ class DelayAwareNAG(DelayAwareOptimizer):
     def forget_weights(self) -> None:
         """The drift from the old weights to the new ones is no momentum: starts from the new ones."""
         self.state.clear()
-        for flat in self._flat:
-            flat.clock[0], flat.clock[1] = 0.0, 1.0
 
     def _new_state(self, p: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         # Before the first update there is no drift to look ahead along: d_1 = 0 and p is w_1.

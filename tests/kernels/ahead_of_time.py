@@ -26,11 +26,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 MODEL = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
 
-def step_source(rule, gradient, model, moments):
+def step_source(rule, gradient, model, moments, length="i32"):
     """The update kernel for a rule and dtypes, pointers aligned to 16 bytes."""
     types = {
         "gradient": MODEL[gradient], "weights": "*fp32", "target": MODEL[model], "state0": MODEL[moments],
-        "state1": MODEL[moments], "c": "*fp32", "n": "i32",
+        "state1": MODEL[moments], "c": "*fp32", "n": length,
     }  # fmt: skip
     constants = {
         "RULE": {"nadamw": 0, "adamw": 1, "nag": 2}[rule], "MASTER": model != "fp32", "ZERO": True,
@@ -87,6 +87,9 @@ def variants():
             found[f"step {rule}, gradient {gradient}, model {model}, moments {moments}"] = (
                 step_source(rule, gradient, model, moments), 4,
             )  # fmt: skip
+        found[f"step {rule}, gradient bf16, model bf16, moments fp32, beyond 2^31"] = (
+            step_source(rule, "bf16", "bf16", "fp32", "i64"), 4,
+        )  # fmt: skip
         found[f"prepare {rule}"] = (prepare_source(rule), 4)
     for gradient in MODEL:
         found[f"norm of {gradient}"] = (norm_source(gradient), 8)

@@ -22,7 +22,9 @@ def train_with(rank, kernel):
     results = {}
     for name, (optimizer, more) in CASES.items():
         config = t.ds_config(1, optimizer, {"kernel": kernel}, **more)
-        results[name] = t.train(rank, 2, 1, CALLS, config)
+        used = []
+        results[name] = t.train(rank, 2, 1, CALLS, config, between=lambda e, _: used.append(e._nf_update._kernel.name))  # noqa: B023
+        assert set(used) == {kernel}
     return results
 
 
@@ -33,9 +35,27 @@ def test_triton_and_compile_train_as_torch_does():
         for name in CASES:
             for one, other in zip(reference, others, strict=True):
                 for p, q in zip(one[name]["weights"], other[name]["weights"], strict=True):
-                    # 0.3 % of a step; bf16: a rounding may tip the other way, by one place.
-                    rtol = 2e-5 if p.dtype == torch.float32 else 2**-7
-                    assert torch.allclose(p, q, rtol=rtol, atol=1e-5), (kernel, name)
+                    apart = (p.float() - q.float()).abs()
+                    if p.dtype == torch.float32:  # 0.3 % of a step
+                        assert (apart <= 1e-5 + 2e-5 * p.abs()).all(), (kernel, name)
+                    else:  # a rounding that tips the other way changes later gradients a little
+                        assert apart.mean() <= 3e-4, (kernel, name, apart.mean())
+                        assert (apart <= 3e-3 + 2**-7 * p.float().abs()).all(), (kernel, name)
+
+
+def refuse_kernel_without_use(rank):
+    import deepspeed
+
+    module = deepspeed.pipe.PipelineModule(t.layers(), num_stages=1, loss_fn=t.next_token_loss)
+    config = t.ds_config(1, block={"kernel": "compile"})
+    del config["optimizer"]
+    deepspeed.initialize(model=module, config=config, optimizer=torch.optim.AdamW(module.parameters()))
+
+
+def test_kernel_for_a_clients_own_optimizer_is_one_clear_error():
+    ((kind, message),) = run_ranks(refuse_kernel_without_use, 1, expect_errors=True)
+    assert kind == "ConfigError"
+    assert "async_pipeline.kernel is 'compile', but the optimizer is a AdamW, which updates by itself" in message
 
 
 def refuse_triton(rank):
@@ -43,7 +63,7 @@ def refuse_triton(rank):
 
 
 def test_triton_without_a_gpu_is_one_clear_error():
-    ((kind, message),) = run_ranks(refuse_triton, 1, expect_errors=True)
+    ((kind, message),) = run_ranks(refuse_triton, 1, expect_errors=True, environment={"TRITON_INTERPRET": "0"})
     assert kind == "KernelError"
     assert "kernel 'triton' cannot run here: its kernels need a GPU" in message
     assert "use 'compile', 'torch' or 'auto'" in message

@@ -9,6 +9,7 @@ import torch
 
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
+from tests.multiproc.test_nonfinite import allow_fp16
 
 pytestmark = pytest.mark.multiproc
 
@@ -16,6 +17,8 @@ ZERO = {"zero_optimization": {"stage": 1}}
 BF16 = {"bf16": {"enabled": True}}
 NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9}}
 SMALL = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "moments": "bf16"}}
+# Overflows until the save at call 5 and beyond, and grows soon.
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 4, "hysteresis": 1}}
 CASES = {
     "bf16": (t.NADAMW, BF16),
     "bf16 ZeRO-1": (t.NADAMW, BF16 | ZERO),
@@ -24,7 +27,12 @@ CASES = {
     "bf16 ZeRO-1, NAG": (NAG, BF16 | ZERO),
     "bf16 ZeRO-1, DeepSpeed's AdamW": (t.ADAMW, BF16 | ZERO),
     "bf16 moments": (SMALL, BF16),
+    "fp16": (t.NADAMW, FP16 | ZERO),
+    "fp16, DeepSpeed's AdamW": (t.ADAMW, FP16 | ZERO),
 }
+
+
+CALLS = 14
 
 
 def config_of(name, folder):
@@ -33,21 +41,28 @@ def config_of(name, folder):
 
 
 def train_save_and_go_on(rank, folder):
+    allow_fp16()
     results = {}
     for name in CASES:
         config, where = config_of(name, folder)
         engine = t.build(2, config)
-        it = iter(t.data(10, seed=engine.grid.get_data_parallel_rank()))
-        for call in range(10):
+        it = iter(t.data(CALLS, seed=engine.grid.get_data_parallel_rank()))
+        for call in range(CALLS):
             engine.train_batch(it)
             if call == 4:
                 engine.save_checkpoint(where)
         engine.drain()
-        results[name] = [p.detach().clone() for p in engine.module.parameters()]
+        results[name] = outcome_of(engine)
     return results
 
 
+def outcome_of(engine):
+    scale = engine.optimizer.loss_scaler.cur_scale if engine.fp16_enabled() else 1.0
+    return [p.detach().clone() for p in engine.module.parameters()], scale, engine.skipped_steps
+
+
 def resume(rank, folder):
+    allow_fp16()
     results = {}
     for name in CASES:
         config, where = config_of(name, folder)
@@ -55,15 +70,16 @@ def resume(rank, folder):
         for call in range(3):
             engine.train_batch(iter(t.data(1, seed=70 + call)))
         engine.load_checkpoint(where)
-        it = itertools.islice(iter(t.data(10, seed=engine.grid.get_data_parallel_rank())), 5, None)
-        for _ in range(5):
+        it = itertools.islice(iter(t.data(CALLS, seed=engine.grid.get_data_parallel_rank())), 5, None)
+        for _ in range(CALLS - 5):
             engine.train_batch(it)
         engine.drain()
-        results[name] = [p.detach().clone() for p in engine.module.parameters()]
+        results[name] = outcome_of(engine)
     return results
 
 
 def load_in_stock(rank, folder):
+    allow_fp16()
     losses = {}
     for name, (_, more) in CASES.items():
         config, where = config_of(name, folder)
@@ -75,7 +91,10 @@ def load_in_stock(rank, folder):
         ours.load_checkpoint(where)
         losses[name] = [e.eval_batch(iter(t.data(2, seed=5)), num_micro_batches=2).item() for e in (stock, ours)]
         stock.train_batch(iter(t.data(1)))
-        assert torch.isfinite(torch.as_tensor(stock.get_global_grad_norm()))
+        if "fp16" in name:
+            losses[name].append(stock.optimizer.loss_scaler.cur_scale)
+        else:
+            assert torch.isfinite(torch.as_tensor(stock.get_global_grad_norm()))
     return losses
 
 
@@ -85,7 +104,15 @@ def test_resume_is_a_run_that_drained_there(tmp_path, replicas):
     resumed = run_ranks(resume, 2 * replicas, timeout=200, folder=str(tmp_path))
     for name in CASES:
         for one, other in zip(whole, resumed, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True)), name
-    for losses in run_ranks(load_in_stock, 2 * replicas, timeout=200, folder=str(tmp_path)):
-        for name, (stock, ours) in losses.items():
+            (weights, *counts), (again, *counts_again) = one[name], other[name]
+            assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True)), name
+            assert counts == counts_again, name
+        if "fp16" in name:
+            scales = {r[name][1] for r in whole}
+            assert len(scales) == 1  # one scaler for the pipeline after a drain
+            assert all(r[name][2] > 0 for r in whole[-replicas:])
+    loaded = run_ranks(load_in_stock, 2 * replicas, timeout=200, folder=str(tmp_path))
+    for losses in loaded:
+        for name, (stock, ours, *scale) in losses.items():
             assert stock == ours, name
+            assert scale == loaded[0][name][2:]  # stock unscales every stage by its own scaler: they must be alike

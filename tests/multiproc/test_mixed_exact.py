@@ -116,3 +116,63 @@ def test_equals_the_simulator(stages, replicas, name):
     else:
         for replica in range(replicas):
             t.assert_same(results[replica::replicas], losses[replica], weights)
+
+
+def clip_sharded(rank):
+    config = t.ds_config(2, t.NADAMW, {}, **ZERO, gradient_clipping=0.05)
+    return t.train(rank, 2, 2, 8, config)
+
+
+def test_clipping_by_the_norm_of_all_shards():
+    """The norm of shards adds up in another order: equal to rounding, and alike on the replicas to the bit."""
+    results = run_ranks(clip_sharded, 4)
+    losses, weights = t.simulate(2, 2, 8, t.torch_nadam, clip=0.05, replicas=2)
+    for rank, result in enumerate(results):
+        if rank >= 2:
+            assert result["losses"] == pytest.approx(losses[rank % 2], rel=1e-5)
+        for got, want in zip(result["weights"], weights[rank // 2], strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=2e-5)
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], results[rank ^ 1]["weights"], strict=True))
+
+
+def half_frozen(gpt=None):
+    layers = t.layers(gpt)
+    for layer in layers[:2]:
+        layer.requires_grad_(False)
+    layers[-2].qkv.requires_grad_(False)
+    return layers
+
+
+FROZEN_CASES = {
+    "float32": (t.NADAMW, {}, t.torch_nadam, Precision()),
+    "float32, DeepSpeed's": (t.ADAMW, {}, t.adamw, Precision()),
+    "bf16": (t.NADAMW, BF16, t.torch_nadam, IN_BF16),
+    "float32 ZeRO-1": (t.NADAMW, ZERO, t.torch_nadam, Precision()),
+}
+
+
+def train_half_frozen(rank):
+    results = {}
+    for name, (optimizer, more, _, _) in FROZEN_CASES.items():
+        rings = []
+        results[name] = t.train(
+            rank, 2, 1, 10, t.ds_config(1, optimizer, {}, **more), make_layers=half_frozen,
+            between=lambda e, _: rings.append(e._nf_runner.ring),  # noqa: B023
+        )  # fmt: skip
+        results[name]["swapped"] = sum(p.numel() for p in rings[-1].params)
+    return results
+
+
+def test_frozen_parameters_stay_and_have_one_version():
+    """Neither decayed nor kept in every slot: what has no gradient is no business of an update."""
+    results = run_ranks(train_half_frozen, 2)
+    parts = t.split_by_blocks(half_frozen(), 2)
+    for name, (_, _, make_optimizer, precision) in FROZEN_CASES.items():
+        losses, weights = t.simulate(2, 1, 10, make_optimizer, make_layers=half_frozen, precision=precision)
+        assert results[-1][name]["losses"] == losses
+        for stage, part in enumerate(parts):
+            learnt = iter(weights[stage])
+            for p, got in zip(part.parameters(), results[stage][name]["weights"], strict=True):
+                want = next(learnt) if p.requires_grad else p.detach().to(precision.weights)
+                assert torch.equal(got, want), name
+            assert results[stage][name]["swapped"] == sum(p.numel() for p in part.parameters() if p.requires_grad)

@@ -47,6 +47,15 @@ def test_precision_and_sharding_that_work(precision, zero):
     assert check_config(GOOD | precision | zero) == AsyncPipelineConfig()
 
 
+def test_offloading_to_no_device_is_no_offloading():
+    assert check_config(GOOD | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}})
+
+
+def test_a_clients_optimizer_is_not_judged_by_the_section_it_replaces():
+    named = with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}
+    assert check_run(named, RunFacts(stages=2, layers=4, client_optimizer=True))
+
+
 def test_fp16_and_fp32_accumulation_need_zero_1():
     zero = {"zero_optimization": {"stage": 1}}
     assert check_config(GOOD | zero | {"fp16": {"enabled": True}})
@@ -83,6 +92,9 @@ WRONG = {
     "ZeRO of no number": (GOOD | {"zero_optimization": {"stage": "one"}}, FACTS, "zero_optimization.stage is 'one': it must be 0 or 1"),
     "ZeRO-2 that only DeepSpeed sees": (GOOD, RunFacts(stages=2, layers=4, zero_stage=2), "ZeRO stage 2 as DeepSpeed reads"),
     "offload": (GOOD | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, FACTS, "offload_optimizer is set"),
+    "offload, as it was once spelt": (GOOD | {"zero_optimization": {"stage": 1, "cpu_offload": True}}, FACTS, "cpu_offload is set"),
+    "elastic checkpoints": (GOOD | {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, FACTS, "cannot load what it then saves"),
+    "amp": (GOOD | {"amp": {"enabled": True}}, FACTS, "amp.enabled is true"),
     "fp16 without ZeRO": (GOOD | {"fp16": {"enabled": True}}, FACTS, 'fp16.enabled is true with ZeRO stage 0.*"stage": 1'),
     "fp16 with fp32 sums": (GOOD | {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, FACTS, "weights in fp16 accumulate in 'fp16'"),
     "bf16 with fp32 sums, without ZeRO": (GOOD | {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, FACTS, "no optimizer for; set"),

@@ -71,11 +71,17 @@ def test_old_batches_are_forgotten():
     assert len(scale._generations) == 4
 
 
-def test_restart_judges_nothing_from_before():
+def test_settling_judges_what_began_and_a_new_run_goes_on_alike():
+    """After a drain a checkpoint holds the scaler; whoever loads it must scale as the run that went on."""
     scaler = Halving()
     scale = TravellingScale(scaler, horizon=4)
-    scale.begin(0)
-    scale.hear(0)
-    scale.restart()
-    assert scale.begin(10) == 64
-    assert scaler.told == []
+    for batch in range(2):
+        scale.begin(batch)
+    scale.hear(1)
+    scale.settle()
+    assert scaler.told == [False, True]
+    resumed = Halving()
+    vars(resumed).update(cur_scale=scaler.cur_scale, good=scaler.good)
+    other = TravellingScale(resumed, horizon=4)
+    for batch in range(2, 12):
+        assert scale.begin(batch) == other.begin(batch)

@@ -43,20 +43,42 @@ def test_nadamw_is_torch_nadam_bit_for_bit(weight_decay, betas):
         assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
 
 
-def test_state_goes_both_ways_between_nadamw_and_torch():
-    ours, theirs = parameters(), parameters()
-    a = DelayAwareNAdamW(ours, lr=3e-3)
-    b = torch.optim.NAdam(theirs, lr=3e-3, betas=(0.99, 0.999), decoupled_weight_decay=True)
-    for _ in give_gradients(10, ours):
+PAIRS = {
+    "NAdam": (DelayAwareNAdamW, torch.optim.NAdam, {"betas": (0.99, 0.999), "decoupled_weight_decay": True}),
+    "AdamW": (PipeDreamAdamW, torch.optim.AdamW, {}),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_state_dicts_go_both_ways_between_ours_and_torchs(name, ours_first):
+    rule, torchs, settings = PAIRS[name]
+    one, other = parameters(), parameters()
+    makers = [
+        lambda ps: rule(ps, lr=3e-3, weight_decay=0.1),
+        lambda ps: torchs(ps, lr=3e-3, weight_decay=0.1, **settings),
+    ]
+    first, second = makers if ours_first else makers[::-1]
+    a = first(one)
+    for _ in give_gradients(10, one):
         a.step()
-    for p, q in zip(ours, theirs, strict=True):
+    for p, q in zip(one, other, strict=True):
         q.data.copy_(p)
-    state = copy.deepcopy(a.state_dict()["state"])
-    b.load_state_dict({"state": state, "param_groups": b.state_dict()["param_groups"]})
-    for _ in give_gradients(10, ours, theirs):
+    # Made with torch's own defaults: what differs must come with the state dict.
+    b = second(other) if not ours_first else torchs(other)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for _ in give_gradients(10, one, other):
         a.step()
         b.step()
-    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(one, other, strict=True))
+
+
+def test_state_of_coupled_weight_decay_is_refused():
+    a, b = torch.optim.NAdam(parameters(), weight_decay=0.1), DelayAwareNAdamW(parameters())
+    with pytest.raises(ValueError, match="shrinks the weights themselves"):
+        b.load_state_dict(a.state_dict())
+    with pytest.raises(ValueError, match="amsgrad or maximize"):
+        PipeDreamAdamW(parameters()).load_state_dict(torch.optim.AdamW(parameters(), amsgrad=True).state_dict())
 
 
 @pytest.mark.parametrize("rule", RULES.values())
