@@ -7,6 +7,7 @@ Stand-ins for the other engines only refuse an enabled block, which they would s
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -17,16 +18,30 @@ from noflush.config import OLDEST_DEEPSPEED, ConfigError, RunFacts, check_config
 logger = logging.getLogger("noflush")
 TESTED = ("0.19.8",)
 _ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
-_NEEDED = (
-    "_exec_forward_pass",
-    "_exec_load_micro_batch",
-    "_exec_reduce_grads",
-    "_exec_schedule",
-    "_next_batch",
-    "_reserve_pipe_buffers",
-    "_scale_loss_by_gas",
-    "reset_activation_shape",
-)
+_NEEDED = {
+    ("deepspeed.runtime.pipe.engine", "PipelineEngine"): (
+        "_exec_forward_pass",
+        "_exec_load_micro_batch",
+        "_exec_reduce_grads",
+        "_exec_schedule",
+        "_next_batch",
+        "_reserve_pipe_buffers",
+        "_scale_loss_by_gas",
+        "reset_activation_shape",
+    ),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"): (
+        "_lazy_init_hp_params_optimizer_state",
+        "clear_hp_grads",
+        "clear_lp_grads",
+        "update_hp_grads",
+    ),
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"): (
+        "_lazy_init_hp_params_optimizer_state",
+        "_update_model_bit16_weights",
+        "_update_scale",
+        "get_data_parallel_partitions",
+    ),
+}
 
 
 class HostChangedError(RuntimeError):
@@ -107,7 +122,6 @@ def is_patched() -> bool:
 def missing_seams() -> list[str]:
     """Symbols that noflush builds on and this DeepSpeed lacks; empty when all is well."""
     import deepspeed
-    from deepspeed.runtime.pipe import engine as pipe_engine
 
     version = tuple(int(p) for p in deepspeed.__version__.split("+")[0].split(".")[:3] if p.isdigit())
     missing = []
@@ -115,11 +129,9 @@ def missing_seams() -> list[str]:
         missing.append(f"version {'.'.join(map(str, OLDEST_DEEPSPEED))} or newer")
     if "PipelineEngine" not in deepspeed.initialize.__code__.co_names:
         missing.append("deepspeed.initialize looking up PipelineEngine when called")
-    missing += [
-        f"deepspeed.runtime.pipe.engine.PipelineEngine.{name}"
-        for name in _NEEDED
-        if not hasattr(pipe_engine.PipelineEngine, name)
-    ]
+    for (module, owner), names in _NEEDED.items():
+        found = getattr(importlib.import_module(module), owner, None)
+        missing += [f"{module}.{owner}.{name}" for name in names if not hasattr(found, name)]
     return missing
 
 

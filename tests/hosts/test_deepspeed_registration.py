@@ -75,12 +75,14 @@ def test_import_alone_is_light():
     [
         ("deepspeed.__version__ = '0.18.9'", "cannot register with DeepSpeed 0.18.9 (tested: 0.19.8): missing version"),
         ("del PE._exec_forward_pass", "PipelineEngine._exec_forward_pass. Install a tested version"),
+        ("del BF16.update_hp_grads", "bf16_optimizer.BF16_Optimizer.update_hp_grads. Install a tested version"),
         ("deepspeed.initialize = lambda: None", "deepspeed.initialize looking up PipelineEngine"),
     ],
 )
 def test_another_shape_of_host_is_refused(break_it, message):
     code = (
-        f"import deepspeed\nfrom deepspeed.runtime.pipe.engine import PipelineEngine as PE\n{break_it}\nimport noflush"
+        "import deepspeed\nfrom deepspeed.runtime.pipe.engine import PipelineEngine as PE\n"
+        f"from deepspeed.runtime.bf16_optimizer import BF16_Optimizer as BF16\n{break_it}\nimport noflush"
     )
     status, _, errors = python(code)
     assert status != 0
