@@ -132,6 +132,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         Raises:
             DataExhausted: a StopIteration; the iterator ended before K micro-batches (on every stage).
             PeerError: a neighbouring stage died or hangs.
+            NonFiniteGradients: a stage skipped too many updates in a row (on every stage, after a checkpoint).
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
