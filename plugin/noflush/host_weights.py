@@ -123,36 +123,57 @@ class PlainWeights:
         """Nothing."""
 
 
-class Bf16Weights:
-    """`BF16_Optimizer`: bf16 weights, gradients summed in a flat tensor of its own, sharded masters."""
+class _MasterWeights:
+    """What DeepSpeed's two optimizers with float32 masters share: a flat tensor a group, updated in shards."""
 
     has_masters = True
     home: list[Tensor] | None
 
-    def __init__(self, optimizer: BF16_Optimizer) -> None:
+    def __init__(self, optimizer: Any, groups: Sequence[Sequence[Any]], flats: Sequence[Tensor]) -> None:
         self.optimizer = optimizer
         self.rule = optimizer.optimizer
-        self.home = home = [flat.detach() for flat in optimizer.bf16_groups_flat]
-        self.layouts = [layout_within(g, f) for g, f in zip(optimizer.bf16_groups, home, strict=True)]
+        self.home = [flat.detach() for flat in flats]
+        self.layouts = [layout_within(group, flat) for group, flat in zip(groups, self.home, strict=True)]
         self.replicas = optimizer.dp_process_group
         self.sharded = dist.get_world_size(self.replicas) > 1
         self._rank = dist.get_rank(self.replicas)
-        optimizer.mpu = None  # it serves norms alone
+
+    def _masters(self) -> Sequence[Tensor]:
+        """The optimizer's own list: this replica's shard of each group."""
+        raise AssertionError(f"{type(self).__name__} must define _masters")
 
     def flat_groups(self) -> list[FlatGroup]:
-        return _groups_of(self.rule, self.optimizer.fp32_groups_flat_partition)
+        assert len(self.rule.param_groups) == len(self._masters())
+        return [FlatGroup(number, (m,), (0,), m.numel()) for number, m in enumerate(self._masters())]
 
     def masters(self, newest: list[Tensor]) -> list[Tensor]:
-        return [m.data for m in self.optimizer.fp32_groups_flat_partition]
+        return [m.data for m in self._masters()]
 
     def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        return _shards(flats, self.optimizer.fp32_groups_flat_partition, self._rank)
+        return [
+            flat.narrow(0, self._rank * m.numel(), m.numel()) for flat, m in zip(flats, self._masters(), strict=True)
+        ]
+
+    def after_first_update(self) -> None:
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+class Bf16Weights(_MasterWeights):
+    """`BF16_Optimizer`: bf16 weights, gradients summed in a flat tensor of its own."""
+
+    def __init__(self, optimizer: BF16_Optimizer) -> None:
+        super().__init__(optimizer, optimizer.bf16_groups, optimizer.bf16_groups_flat)
+        optimizer.mpu = None  # it serves norms alone
+
+    def _masters(self) -> Sequence[Tensor]:
+        masters: list[Tensor] = self.optimizer.fp32_groups_flat_partition
+        return masters
 
     def point_at(self, flats: list[Tensor]) -> None:
         self.optimizer.bf16_groups_flat = list(flats)
         self.optimizer.bf16_partitioned_groups = [
             [flat.narrow(0, i * m.numel(), m.numel()) for i in range(dist.get_world_size(self.replicas))]
-            for flat, m in zip(flats, self.optimizer.fp32_groups_flat_partition, strict=True)
+            for flat, m in zip(flats, self._masters(), strict=True)
         ]
 
     def take_over(self) -> None:
@@ -170,24 +191,12 @@ class Bf16Weights:
             self.optimizer.clear_hp_grads()
         self.optimizer.clear_lp_grads(set_to_none=True)
 
-    def after_first_update(self) -> None:
-        self.optimizer._lazy_init_hp_params_optimizer_state()
 
-
-class ZeroWeights:
-    """`DeepSpeedZeroOptimizer`, stage 1: weights of any dtype, gradients in theirs, sharded float32 masters."""
-
-    has_masters = True
-    home: list[Tensor] | None
+class ZeroWeights(_MasterWeights):
+    """`DeepSpeedZeroOptimizer`, stage 1: weights of any dtype, gradients in theirs."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
-        self.optimizer = optimizer
-        self.rule = optimizer.optimizer
-        self.home = home = [flat.detach() for flat in optimizer.bit16_groups_flat]
-        self.layouts = [layout_within(g, f) for g, f in zip(optimizer.bit16_groups, home, strict=True)]
-        self.replicas = optimizer.dp_process_group
-        self.sharded = dist.get_world_size(self.replicas) > 1
-        self._rank = dist.get_rank(self.replicas)
+        super().__init__(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat)
         self._gradients: FlatGradients | None = None
         optimizer.model_parallel_group = None  # norms and overflow within the stage
         optimizer.check_grad_overflow = True
@@ -195,14 +204,9 @@ class ZeroWeights:
         optimizer._update_model_bit16_weights = _nothing
         optimizer._update_scale = _nothing
 
-    def flat_groups(self) -> list[FlatGroup]:
-        return _groups_of(self.rule, self.optimizer.single_partition_of_fp32_groups)
-
-    def masters(self, newest: list[Tensor]) -> list[Tensor]:
-        return [m.data for m in self.optimizer.single_partition_of_fp32_groups]
-
-    def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
-        return _shards(flats, self.optimizer.single_partition_of_fp32_groups, self._rank)
+    def _masters(self) -> Sequence[Tensor]:
+        masters: list[Tensor] = self.optimizer.single_partition_of_fp32_groups
+        return masters
 
     def point_at(self, flats: list[Tensor]) -> None:
         self.optimizer.bit16_groups_flat = list(flats)
@@ -229,9 +233,6 @@ class ZeroWeights:
             assert self._gradients is not None
             self._gradients.clear()
 
-    def after_first_update(self) -> None:
-        self.optimizer._lazy_init_hp_params_optimizer_state()
-
 
 def weights_of(optimizer: Any, replicas: Any) -> HostWeights:
     """The class that fits DeepSpeed's ``optimizer``; ``replicas``: the engine's data-parallel group."""
@@ -241,15 +242,6 @@ def weights_of(optimizer: Any, replicas: Any) -> HostWeights:
         return ZeroWeights(optimizer)
     assert isinstance(optimizer, Optimizer), f"{type(optimizer).__name__}: config.py should have refused this run"
     return PlainWeights(optimizer, replicas)
-
-
-def _groups_of(rule: Optimizer, masters: Sequence[Tensor]) -> list[FlatGroup]:
-    assert len(rule.param_groups) == len(masters)
-    return [FlatGroup(number, (m,), (0,), m.numel()) for number, m in enumerate(masters)]
-
-
-def _shards(flats: Sequence[Tensor], masters: Sequence[Tensor], rank: int) -> list[Tensor]:
-    return [flat.narrow(0, rank * m.numel(), m.numel()) for flat, m in zip(flats, masters, strict=True)]
 
 
 def _nothing(*_: Any) -> None:

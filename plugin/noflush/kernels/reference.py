@@ -47,6 +47,17 @@ def _store(moments: tuple[tuple[Tensor, Tensor], ...], seed: Any, first: int) ->
             kept.copy_(round_stochastically(value, bits & 0xFFFF if which == 0 else bits >> 16))
 
 
+def _move_moments(
+    gradient: Tensor, weights: Tensor, state: tuple[Tensor, ...], c: Coefficients
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient, first, second moment) in the weights' dtype, the moments moved on; in place if they have that dtype."""
+    g = gradient.to(weights.dtype) * c.gradient
+    m, v = state[0].to(weights.dtype), state[1].to(weights.dtype)
+    m.lerp_(g, c.average)
+    v.mul_(c.beta2).addcmul_(g * c.one_minus_beta2, g)
+    return g, m, v
+
+
 def nadamw(
     gradient: Tensor,
     weights: Tensor,
@@ -59,16 +70,12 @@ def nadamw(
     first: int = 0,
 ) -> None:
     """NAdam with decoupled decay; ``state`` is (exp_avg, exp_avg_sq), ``first`` element 0's index (for the noise)."""
-    exp_avg, exp_avg_sq = state
-    g = gradient.to(weights.dtype) * c.gradient
-    m, v = exp_avg.to(weights.dtype), exp_avg_sq.to(weights.dtype)
-    m.lerp_(g, c.average)
-    v.mul_(c.beta2).addcmul_(g * c.one_minus_beta2, g)
+    g, m, v = _move_moments(gradient, weights, state, c)
     denominator = (v / c.bias2).sqrt() + c.eps
     new = weights if master else target
     new.copy_(weights * c.decay)
     new.addcdiv_(g * c.of_gradient, denominator).addcdiv_(m * c.of_momentum, denominator)
-    _finish(gradient, new, target, ((exp_avg, m), (exp_avg_sq, v)), master, zero, seed, first)
+    _finish(gradient, new, target, ((state[0], m), (state[1], v)), master, zero, seed, first)
 
 
 def adamw(
@@ -83,16 +90,12 @@ def adamw(
     first: int = 0,
 ) -> None:
     """AdamW in the order of torch's own; arguments as `nadamw`."""
-    exp_avg, exp_avg_sq = state
-    g = gradient.to(weights.dtype) * c.gradient
-    m, v = exp_avg.to(weights.dtype), exp_avg_sq.to(weights.dtype)
-    m.lerp_(g, c.average)
-    v.mul_(c.beta2).addcmul_(g * c.one_minus_beta2, g)
+    _, m, v = _move_moments(gradient, weights, state, c)
     denominator = v.sqrt() / c.bias2 + c.eps
     new = weights if master else target
     new.copy_(weights * c.decay)
     new.addcdiv_(m * c.of_momentum, denominator)
-    _finish(gradient, new, target, ((exp_avg, m), (exp_avg_sq, v)), master, zero, seed, first)
+    _finish(gradient, new, target, ((state[0], m), (state[1], v)), master, zero, seed, first)
 
 
 def nag(
