@@ -77,9 +77,9 @@ def assert_alike(one, other, ulps=4):
         assert not a.gradient.any()
         assert not b.gradient.any()
         for s, r in zip(a.state, b.state, strict=True):
-            # Moments are sums of terms of either sign: what is left over may be smaller than their rounding.
-            size = r.double().abs().max().item()
-            assert close(s, r, ulps if r.dtype == torch.float32 else 1, size)
+            # The first moment is a sum of terms of either sign: what is left may be smaller than their rounding.
+            floor = 3e-2 if s is a.state[0] else 1e-9
+            assert close(s, r, ulps if r.dtype == torch.float32 else 1, floor)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -104,7 +104,8 @@ def test_triton_is_the_reference(rule, lengths, gradient, model, moments, first,
         wanted = reference.step(step == spoil, max_norm, scale, model == torch.float32)
         assert found[1] == wanted[1] == float(step == spoil)
         assert found[0] == pytest.approx(wanted[0], rel=1e-5) or not math.isfinite(wanted[0])
-    assert_alike(ours, reference)
+    # Two norms summed in different orders clip by factors a few units apart; squares double that.
+    assert_alike(ours, reference, ulps=16 if max_norm else 4)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -50,7 +50,7 @@ def _store(moments: tuple[tuple[Tensor, Tensor], ...], seed: Any, first: int) ->
 def _move_moments(
     gradient: Tensor, weights: Tensor, state: tuple[Tensor, ...], c: Coefficients
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient, first, second moment) in the weights' dtype, the moments moved on; in place if they have that dtype."""
+    """(gradient, first, second moment) in the weights' dtype, the moments moved on; in place if of that dtype."""
     g = gradient.to(weights.dtype) * c.gradient
     m, v = state[0].to(weights.dtype), state[1].to(weights.dtype)
     m.lerp_(g, c.average)
