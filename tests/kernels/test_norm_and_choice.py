@@ -64,6 +64,7 @@ def test_auto_on_a_cpu(monkeypatch):
     kernel, reason = choice.choose("auto", CPU, 1000)
     assert kernel.name == "torch"
     assert reason == "1,000 weights on a CPU: not worth compiling for"
+    monkeypatch.setattr(choice.shutil, "which", lambda name: f"/usr/bin/{name}")
     kernel, reason = choice.choose("auto", CPU, choice.WORTH_COMPILING)
     assert (kernel.name, reason) == ("compile", "4,000,000 weights on a CPU: torch.compile")
     monkeypatch.setattr(choice.shutil, "which", lambda name: None)

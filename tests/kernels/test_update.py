@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from noflush.kernels.choice import cpu_compiler
 from noflush.kernels.device import TritonKernel
 from noflush.kernels.flat import Flat
 from noflush.kernels.host import CompiledKernel, HostKernel
@@ -16,6 +17,7 @@ from noflush.kernels.reference import RULES, noise, round_stochastically
 from noflush.kernels.scalars import COEFFICIENTS, Hyper, momentum
 
 pytestmark = pytest.mark.kernels
+needs_compiler = pytest.mark.skipif(not cpu_compiler(), reason="torch.compile needs a C++ compiler")
 
 ULP = 2.0**-23
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,6 +110,7 @@ def test_triton_is_the_reference(rule, lengths, gradient, model, moments, first,
     assert_alike(ours, reference, ulps=16 if max_norm else 4)
 
 
+@needs_compiler
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
 def test_compile_is_the_reference(rule, model):
@@ -122,6 +125,7 @@ def test_compile_is_the_reference(rule, model):
         assert_alike(ours, reference)
 
 
+@needs_compiler
 def test_compile_takes_bf16_moments():
     arguments = ("nadamw", [2049], torch.bfloat16, torch.bfloat16, torch.bfloat16)
     ours, reference = Run(CompiledKernel(), *arguments), Run(HostKernel(), *arguments)
@@ -131,6 +135,7 @@ def test_compile_takes_bf16_moments():
     assert_alike(ours, reference)
 
 
+@needs_compiler
 def test_compiles_once_for_all_lengths_and_rates():
     kernel = CompiledKernel()
     torch._dynamo.utils.counters.clear()
@@ -160,7 +165,7 @@ def test_reference_is_float64_to_rounding(rule):
     assert close(w32, w64.float(), 200 if rule == "nag" else 20, 1e-1)
 
 
-@pytest.mark.parametrize("kernel", ["torch", "compile", "triton"])
+@pytest.mark.parametrize("kernel", ["torch", pytest.param("compile", marks=needs_compiler), "triton"])
 def test_500_steps_are_torchs_nadam(kernel):
     """``torch`` bit for bit; the others within 32 units in the last place (of 0.1 where a weight is smaller)."""
     n, steps = (300, 500)

@@ -37,7 +37,7 @@ def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel
     if kernel == "torch":
         return HostKernel(), "as configured"
     if kernel == "compile":
-        if device.type == "cpu" and not _cpu_compiler():
+        if device.type == "cpu" and not cpu_compiler():
             raise KernelError(
                 "kernel 'compile' needs a C++ compiler for the CPU, and neither $CXX, g++ nor clang++ was found: "
                 "install one, or use kernel 'torch'"
@@ -52,7 +52,7 @@ def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel
         return (HostKernel(), f"no Triton: {lacking}") if lacking else (_triton(device), "the fused kernel for GPUs")
     if elements < WORTH_COMPILING:
         return HostKernel(), f"{elements:,} weights on a CPU: not worth compiling for"
-    if not _cpu_compiler():
+    if not cpu_compiler():
         return HostKernel(), "no C++ compiler found to compile with"
     return CompiledKernel(), f"{elements:,} weights on a CPU: torch.compile"
 
@@ -71,6 +71,7 @@ def _triton_lacks(device: torch.device) -> str | None:
     return None
 
 
-def _cpu_compiler() -> bool:
+def cpu_compiler() -> bool:
+    """Whether there is a C++ compiler for `torch.compile` to use on a CPU."""
     named = os.environ.get("CXX")
     return any(shutil.which(c) for c in ([named] if named else []) + ["g++", "clang++"])
