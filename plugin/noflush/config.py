@@ -62,7 +62,7 @@ class AsyncPipelineConfig:
 
     max_skipped_updates: int = 100
     """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
-    ends. With a dynamic loss scale 20 times (stage 0's lag in batches + 4) come on top, for the scale to fall."""
+    ends. A dynamic loss scale adds 20 x (stage 0's lag in batches + 4), for the scale to fall."""
 
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
