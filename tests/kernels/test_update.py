@@ -84,7 +84,7 @@ def assert_alike(one, other, ulps=4):
             assert close(s, r, ulps if r.dtype == torch.float32 else 1, floor)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rule=st.sampled_from(["nadamw", "adamw", "nag"]),
     lengths=st.lists(st.sampled_from([1, 2, 7, 1023, 1024, 1025, 2047, 2049, 2500]), min_size=1, max_size=3),

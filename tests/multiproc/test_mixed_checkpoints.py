@@ -98,7 +98,7 @@ def load_in_stock(rank, folder):
     return losses
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resume_is_a_run_that_drained_there(tmp_path, replicas):
     whole = run_ranks(train_save_and_go_on, 2 * replicas, timeout=200, folder=str(tmp_path))
     resumed = run_ranks(resume, 2 * replicas, timeout=200, folder=str(tmp_path))

@@ -202,7 +202,7 @@ def train_fp16(rank, stages):
     return results
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("stages", "replicas"), [pytest.param(2, 1, marks=pytest.mark.slow), (4, 1), (2, 2)])
 def test_fp16_equals_the_simulator_with_the_same_scales(stages, replicas):
     results = run_ranks(train_fp16, stages * replicas, timeout=200, stages=stages)
     for name, (gas, _, _, make_optimizer, clip) in FP16_CASES.items():
