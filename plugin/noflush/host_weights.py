@@ -74,7 +74,23 @@ class HostWeights(Protocol):
         """What DeepSpeed does once optimizer state exists."""
 
 
-class PlainWeights:
+class _GradientsOfOurs:
+    """Gradients in flat tensors of noflush's, in the weights' dtype, from `take_over` on."""
+
+    layouts: list[FlatLayout]
+    _gradients: FlatGradients
+
+    def take_over(self) -> None:
+        self._gradients = FlatGradients(self.layouts)
+
+    def collect_gradients(self) -> list[Tensor]:
+        return self._gradients.collect()
+
+    def gradient_views(self) -> list[Tensor]:
+        return self._gradients.views
+
+
+class PlainWeights(_GradientsOfOurs):
     """float32 weights, updated where they are; a rule's state is kept parameter by parameter."""
 
     sharded = False
@@ -91,7 +107,6 @@ class PlainWeights:
             for layout in lay_out(p for p in group["params"] if p.requires_grad):
                 self._groups.append(FlatGroup(number, layout.params, layout.offsets, layout.numel))
                 self.layouts.append(layout)
-        self._gradients: FlatGradients | None = None
 
     def flat_groups(self) -> list[FlatGroup]:
         return self._groups
@@ -104,17 +119,6 @@ class PlainWeights:
 
     def point_at(self, flats: list[Tensor]) -> None:
         """Nothing: whoever updates is given the flat tensors."""
-
-    def take_over(self) -> None:
-        self._gradients = FlatGradients(self.layouts)
-
-    def collect_gradients(self) -> list[Tensor]:
-        assert self._gradients is not None
-        return self._gradients.collect()
-
-    def gradient_views(self) -> list[Tensor]:
-        assert self._gradients is not None
-        return self._gradients.views
 
     def clear_gradients(self) -> None:
         """Nothing: the update clears all it reads."""
@@ -192,12 +196,11 @@ class Bf16Weights(_MasterWeights):
         self.optimizer.clear_lp_grads(set_to_none=True)
 
 
-class ZeroWeights(_MasterWeights):
+class ZeroWeights(_GradientsOfOurs, _MasterWeights):
     """`DeepSpeedZeroOptimizer`, stage 1: weights of any dtype, gradients in theirs."""
 
     def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
         super().__init__(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat)
-        self._gradients: FlatGradients | None = None
         optimizer.model_parallel_group = None  # norms and overflow within the stage
         optimizer.check_grad_overflow = True
         # The ring alone points parameters at storage; the scale follows the travelling one.
@@ -218,19 +221,10 @@ class ZeroWeights(_MasterWeights):
         # Its hooks would fill reduction buckets of half a billion elements that nobody empties.
         for hook in self.optimizer._grad_acc_hooks:
             hook.remove()
-        self._gradients = FlatGradients(self.layouts)
-
-    def collect_gradients(self) -> list[Tensor]:
-        assert self._gradients is not None
-        return self._gradients.collect()
-
-    def gradient_views(self) -> list[Tensor]:
-        assert self._gradients is not None
-        return self._gradients.views
+        super().take_over()
 
     def clear_gradients(self) -> None:
         if self.sharded:
-            assert self._gradients is not None
             self._gradients.clear()
 
 

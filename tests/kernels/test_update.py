@@ -187,6 +187,12 @@ def test_500_steps_are_torchs_nadam(kernel):
         assert close(flat.weights, p.detach(), 32, 0.1)
 
 
+@pytest.mark.parametrize("kernel", [HostKernel(), TritonKernel(torch.device("cpu"))], ids=["torch", "triton"])
+def test_nothing_to_update_is_no_update(kernel):
+    outcome = kernel.update("nadamw", [], kernel.norm([]), 1.0, 1.0)
+    assert (outcome.norm.item(), outcome.skipped.item()) == (0.0, 0.0)
+
+
 def test_stochastic_rounding_is_unbiased_and_exact_values_stay():
     value = torch.full((200_000,), 1.0 + 0.3 * 2.0**-7)
     bits = noise(torch.arange(value.numel()), 7) & 0xFFFF

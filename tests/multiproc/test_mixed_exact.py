@@ -176,3 +176,35 @@ def test_frozen_parameters_stay_and_have_one_version():
                 want = next(learnt) if p.requires_grad else p.detach().to(precision.weights)
                 assert torch.equal(got, want), name
             assert results[stage][name]["swapped"] == sum(p.numel() for p in part.parameters() if p.requires_grad)
+
+
+def decay_matrices_only(parameters):
+    """The two groups of most GPT runs, with a learning rate of its own for the second."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0, "lr": 1e-3},
+    ]
+
+
+def nadam_in_groups(parameters):
+    return t.torch_nadam(decay_matrices_only(parameters))
+
+
+GROUP_CASES = {"float32": ({}, Precision()), "bf16": (BF16, IN_BF16), "bf16 ZeRO-1": (BF16 | ZERO, IN_BF16)}
+
+
+def train_in_groups(rank):
+    return {
+        name: t.train(rank, 2, 1, 10, t.ds_config(1, t.NADAMW, {}, **more), groups=decay_matrices_only)
+        for name, (more, _) in GROUP_CASES.items()
+    }
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_parameter_groups_keep_their_own_hyper_parameters(replicas):
+    results = run_ranks(train_in_groups, 2 * replicas)
+    for name, (_, precision) in GROUP_CASES.items():
+        losses, weights = t.simulate(2, 1, 10, nadam_in_groups, precision=precision, replicas=replicas)
+        for replica in range(replicas):
+            mine = losses[replica] if replicas > 1 else losses
+            t.assert_same([r[name] for r in results][replica::replicas], mine, weights)

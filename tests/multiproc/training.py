@@ -41,8 +41,11 @@ def ds_config(gas, optimizer=NADAMW, block=None, **more):
     return config
 
 
-def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=layers, **module_kwargs):
-    """A pipeline engine over the test GPT: as many blocks a stage, embedding first, head last."""
+def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=layers, groups=None, **module_kwargs):
+    """A pipeline engine over the test GPT: as many blocks a stage, embedding first, head last.
+
+    ``groups`` makes parameter groups out of a list of parameters.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
@@ -51,7 +54,8 @@ def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=l
     module = PipelineModule(
         layers=flat, num_stages=stages, loss_fn=loss_fn, partition_method="type:Block", **module_kwargs
     )
-    engine, *_ = deepspeed.initialize(model=module, config=config)
+    learnt = groups(list(module.parameters())) if groups else None
+    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=learnt)
     return engine
 
 
