@@ -28,6 +28,8 @@ test-all: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/noflush
+	ln -s $(CURDIR)/plugin/noflush/* $(CURDIR)/launch $(CURDIR)/patches build/types/noflush/
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not multiproc and not kernels and not e2e"
 

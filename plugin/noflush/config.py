@@ -77,7 +77,6 @@ class RunFacts:
         gas: gradient_accumulation_steps K as the host resolved it (it may follow from train_batch_size).
         layers: entries of the ``PipelineModule``'s layer list.
         tied_keys: keys of its tied layers.
-        tensor_parallel: tensor (model) parallel size.
         dynamic_shape: whether the module was built with ``dynamic_shape=True``.
         deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
         client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
@@ -88,7 +87,6 @@ class RunFacts:
     layers: int
     gas: int = 1
     tied_keys: tuple[str, ...] = ()
-    tensor_parallel: int = 1
     dynamic_shape: bool = False
     deepspeed_version: str = "0.19.8"
     client_optimizer: bool = False
@@ -142,6 +140,12 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
         faults.append(
             f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
             f"choose one of {', '.join(OUR_OPTIMIZERS)}"
+        )
+    if facts.tied_keys and config and config.schedule == "1f1b_no_flush":
+        faults.append(
+            f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
+            "different times; untie them (LayerSpec in place of TiedLayerSpec; for Megatron "
+            "--untie-embeddings-and-output-weights), or set the schedule to '1f1b_flush'"
         )
     schedule = None
     if not faults and config is not None:
@@ -332,15 +336,6 @@ def _faults_of_facts(facts: RunFacts) -> list[str]:
         faults.append(
             f"{facts.stages} stages for {facts.layers} layers: every stage needs a layer; use {facts.layers} "
             "stages or fewer, or a model with more layers"
-        )
-    if facts.tied_keys:
-        faults.append(
-            f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
-            "different times; untie them (LayerSpec in place of TiedLayerSpec), or take the block out"
-        )
-    if facts.tensor_parallel > 1:
-        faults.append(
-            f"tensor parallel size {facts.tensor_parallel}: tensor parallelism comes with the Megatron launcher; use 1"
         )
     if facts.zero_stage > 1:
         faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0 or 1")

@@ -12,16 +12,20 @@ import math
 import sys
 import time
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from noflush.assembly import make_intake, make_runner, make_update
+from noflush.checkpoint import write_latest
 from noflush.config import AsyncPipelineConfig
 from noflush.deadlock import prove
+from noflush.figures import StageFigures
 from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.guard import UpdateGuard
 from noflush.host_weights import weights_of
@@ -32,6 +36,7 @@ from noflush.reports import BatchReports, ReportLayout
 from noflush.runner import Payload
 from noflush.schedule import Schedule
 from noflush.skips import LateReader
+from noflush.slices import Slices
 from noflush.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
@@ -81,12 +86,16 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
         self._nf_updated = False
+        self._nf_figures: tuple[StageFigures, ...] = ()
+        self._nf_stop_requested = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
         layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
         self._nf_reports = BatchReports(layout, self.stage_id, torch.device(self.device))
         self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
-        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group())
+        # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
+        self.is_pipe_partitioned = self.is_grad_partitioned = False
+        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices())
         runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
         self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
         self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
@@ -102,6 +111,14 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
 
+    def _nf_slices(self) -> Slices:
+        grid = self.grid
+        rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
+        if any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs):
+            # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
+            return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
+        return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
+
     # ---- what a user reads -------------------------------------------------------------------------------
 
     @property
@@ -113,6 +130,28 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def lag(self) -> int:
         """Micro-batches in flight at this stage between calls, once the pipeline is full."""
         return self._nf_schedule.lag(self.stage_id)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What every stage does when, and with which delay."""
+        return self._nf_schedule
+
+    @property
+    def figures(self) -> tuple[StageFigures, ...]:
+        """Figures of this stage and all before it, as told with the newest call's header; of all at the last stage."""
+        return self._nf_figures
+
+    def request_stop(self) -> None:
+        """Asks for the run to stop; any rank may, also from a signal handler. See `stop_requested`."""
+        self._nf_reports.stop = self._nf_guard.stop_requested = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether some rank called `request_stop`: true on every rank from the same call on.
+
+        The request travels up with the losses and comes down with a call's header, so no rank waits to learn of it.
+        """
+        return self._nf_stop_requested
 
     @property
     def loss_step(self) -> int | None:
@@ -157,11 +196,14 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         guard = self._nf_guard
         notices = guard.notices(before=self.global_steps - 1)
         self.skipped_steps = guard.skips.total
+        mine = StageFigures(guard.skips.norm, guard.skips.total, *self._nf_recorder.totals())
+        notices = replace(notices, figures=(mine,))
         notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
         if notices.stopped_by is not None:
             path, tag = guard.stop_dir(), f"stopped_global_step{self.global_steps}"
             self.save_checkpoint(path, tag=tag, save_latest=False)
             raise guard.error(notices.stopped_by, f"{path}/{tag}")
+        self._nf_figures, self._nf_stop_requested = notices.figures, notices.stop_requested
         if self._nf_scale_owner is not None:
             for batch in notices.overflows:
                 self._nf_scale_owner.hear(batch)
@@ -252,6 +294,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def run_update(self) -> None:
         """One optimizer update of this stage (for the runner): reduce, clip, next version, learning rate."""
         ring = self._nf_runner.ring
+        if self.module.tied_comms:
+            self._exec_reduce_tied_grads()
         outcome = self._nf_update.run(ring, 1.0 if self._nf_scale is None else self._nf_scale)
         self._global_grad_norm = outcome.norm
         self._nf_guard.skips.note(self.global_steps, ring.newest, outcome)
@@ -361,11 +405,22 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.total_loss = self.total_additional_losses = None
             self.module.train(was_training)
 
-    def save_checkpoint(self, save_dir: str, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's, after `drain`: on every rank; the checkpoint loads in stock DeepSpeed."""
+    def save_checkpoint(
+        self, save_dir: str, tag: str | None = None, client_state: Any = None, save_latest: bool = True, **kwargs: Any
+    ) -> Any:
+        """As DeepSpeed's, after `drain`: on every rank; the checkpoint loads in stock DeepSpeed.
+
+        ``latest`` names it once every rank's part is written (DeepSpeed's rank 0 writes it after its own), and is
+        never seen half-written.
+        """
         self.drain()
         self._nf_guard.saved_to = save_dir
-        return super().save_checkpoint(save_dir, *args, **kwargs)
+        tag = str(tag or f"global_step{self.global_steps}")
+        result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
+        dist.barrier()
+        if save_latest and self.global_rank == 0:
+            write_latest(save_dir, tag)
+        return result
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.

@@ -31,6 +31,7 @@ class UpdateGuard:
 
     Attributes:
         skips: the stage's count.
+        stop_requested: whether this rank was asked to stop or heard of it.
         saved_to: the folder of the run's newest checkpoint; None before any.
         horizon: batches after which no stage can still tell of an overflow.
     """
@@ -41,6 +42,7 @@ class UpdateGuard:
         self.skips = SkippedUpdates()
         self._reports = LateReader()
         self._in_a_row = [0]
+        self.stop_requested = False
         self.saved_to: str | None = None
         # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
         self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
@@ -53,7 +55,7 @@ class UpdateGuard:
     def hear(self, call: int, batch: int, report: Tensor) -> None:
         """Takes ``batch``'s report, which came in during ``call``; by it the first stage judges the others."""
         if self._stage == 0:
-            self._reports.put(call, batch, report[self._layout.in_a_row])
+            self._reports.put(call, batch, report[self._layout.in_a_row.start : self._layout.stop + 1])
 
     def notices(self, before: int) -> Notices:
         """What this stage has to tell with the next call's header.
@@ -66,11 +68,15 @@ class UpdateGuard:
                 "noflush: stage %d skipped update %d: its gradient norm is %s (%d skipped in a row, %d in all)",
                 self._stage, update, norm, self.skips.in_a_row, self.skips.total,
             )  # fmt: skip
-        for _, in_a_row in self._reports.take(before):
+        for _, (*in_a_row, stop) in self._reports.take(before):
             self._in_a_row = [0 if math.isnan(n) else int(n) for n in in_a_row]
+            self.stop_requested |= not math.isnan(stop)
         self._in_a_row[:1] = [self.skips.in_a_row]
-        # Update n is that of batch n - 1.
-        return Notices(tuple(update - 1 for update, _ in skipped), self._judge() if self._stage == 0 else None)
+        return Notices(
+            overflows=tuple(update - 1 for update, _ in skipped),  # update n is that of batch n - 1
+            stopped_by=self._judge() if self._stage == 0 else None,
+            stop_requested=self.stop_requested,
+        )
 
     def _judge(self) -> tuple[int, int] | None:
         worst = max(range(len(self._in_a_row)), key=self._in_a_row.__getitem__)

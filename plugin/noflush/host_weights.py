@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from noflush.flat_optimizer import FlatGroup
 from noflush.gradients import FlatGradients
+from noflush.slices import Slices
 from noflush.versions import FlatLayout, lay_out, layout_within
 
 
@@ -34,6 +35,7 @@ class HostWeights(Protocol):
         rule: the torch optimizer in its inside.
         layouts, home: for `versions.WeightRing`.
         replicas: the data-parallel group.
+        slices: the ranks that share the stage by tensor parallelism.
         sharded: whether each replica updates a shard of every flat tensor (ZeRO-1).
         has_masters: whether float32 masters are kept apart from the model's weights.
     """
@@ -43,6 +45,7 @@ class HostWeights(Protocol):
     layouts: list[FlatLayout]
     home: list[Tensor] | None
     replicas: Any
+    slices: Slices
     sharded: bool
     has_masters: bool
 
@@ -97,9 +100,10 @@ class PlainWeights(_GradientsOfOurs):
     has_masters = False
     home: list[Tensor] | None = None
 
-    def __init__(self, optimizer: Any, replicas: Any) -> None:
+    def __init__(self, optimizer: Any, replicas: Any, slices: Slices) -> None:
         self.optimizer = self.rule = optimizer
         self.replicas = replicas
+        self.slices = slices
         self._groups = []
         self.layouts = []
         for number, group in enumerate(optimizer.param_groups):
@@ -133,8 +137,11 @@ class _MasterWeights:
     has_masters = True
     home: list[Tensor] | None
 
-    def __init__(self, optimizer: Any, groups: Sequence[Sequence[Any]], flats: Sequence[Tensor]) -> None:
+    def __init__(
+        self, optimizer: Any, groups: Sequence[Sequence[Any]], flats: Sequence[Tensor], slices: Slices
+    ) -> None:
         self.optimizer = optimizer
+        self.slices = slices
         self.rule = optimizer.optimizer
         self.home = [flat.detach() for flat in flats]
         self.layouts = [layout_within(group, flat) for group, flat in zip(groups, self.home, strict=True)]
@@ -165,9 +172,9 @@ class _MasterWeights:
 class Bf16Weights(_MasterWeights):
     """`BF16_Optimizer`: bf16 weights, gradients summed in a flat tensor of its own."""
 
-    def __init__(self, optimizer: BF16_Optimizer) -> None:
-        super().__init__(optimizer, optimizer.bf16_groups, optimizer.bf16_groups_flat)
-        optimizer.mpu = None  # it serves norms alone
+    def __init__(self, optimizer: BF16_Optimizer, slices: Slices) -> None:
+        super().__init__(optimizer, optimizer.bf16_groups, optimizer.bf16_groups_flat, slices)
+        optimizer.mpu = slices if slices.size > 1 else None  # it serves norms alone
 
     def _masters(self) -> Sequence[Tensor]:
         masters: list[Tensor] = self.optimizer.fp32_groups_flat_partition
@@ -199,9 +206,10 @@ class Bf16Weights(_MasterWeights):
 class ZeroWeights(_GradientsOfOurs, _MasterWeights):
     """`DeepSpeedZeroOptimizer`, stage 1: weights of any dtype, gradients in theirs."""
 
-    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
-        super().__init__(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat)
-        optimizer.model_parallel_group = None  # norms and overflow within the stage
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer, slices: Slices) -> None:
+        super().__init__(optimizer, optimizer.bit16_groups, optimizer.bit16_groups_flat, slices)
+        optimizer.model_parallel_group = slices.group  # norms and overflow within the stage
+        optimizer.model_parallel_rank = slices.rank
         optimizer.check_grad_overflow = True
         # The ring alone points parameters at storage; the scale follows the travelling one.
         optimizer._update_model_bit16_weights = _nothing
@@ -228,14 +236,14 @@ class ZeroWeights(_GradientsOfOurs, _MasterWeights):
             self._gradients.clear()
 
 
-def weights_of(optimizer: Any, replicas: Any) -> HostWeights:
+def weights_of(optimizer: Any, replicas: Any, slices: Slices) -> HostWeights:
     """The class that fits DeepSpeed's ``optimizer``; ``replicas``: the engine's data-parallel group."""
     if isinstance(optimizer, BF16_Optimizer):
-        return Bf16Weights(optimizer)
+        return Bf16Weights(optimizer, slices)
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        return ZeroWeights(optimizer)
+        return ZeroWeights(optimizer, slices)
     assert isinstance(optimizer, Optimizer), f"{type(optimizer).__name__}: config.py should have refused this run"
-    return PlainWeights(optimizer, replicas)
+    return PlainWeights(optimizer, replicas, slices)
 
 
 def _nothing(*_: Any) -> None:

@@ -8,14 +8,15 @@ computed: what was pulled is kept for the next call, and `drain()` still works.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from noflush.channels import ControlIn, ControlOut, PeerError
+from noflush.figures import StageFigures, read_figures
 
 
 class DataExhausted(StopIteration):
@@ -29,10 +30,27 @@ class Notices:
     Attributes:
         overflows: batches that some stage so far skipped for gradients that are not finite, newly learnt.
         stopped_by: the stage for whose sake the first one ends the run, and its updates skipped in a row; or None.
+        stop_requested: whether a rank of the first stage knows that somebody asked for a stop.
+        figures: of the stages so far, in order.
     """
 
     overflows: tuple[int, ...] = ()
     stopped_by: tuple[int, int] | None = None
+    stop_requested: bool = False
+    figures: tuple[StageFigures, ...] = ()
+
+    def words(self) -> list[int]:
+        """Whole numbers that a header can carry."""
+        stage, skipped = self.stopped_by or (0, 0)
+        figures = [word for of_stage in self.figures for word in of_stage.words()]
+        return [stage, skipped, int(self.stop_requested), len(figures), *figures, *self.overflows]
+
+    @classmethod
+    def read(cls, words: Sequence[int]) -> Notices:
+        """The notices that `words` stand for."""
+        stage, skipped, stop, count, *rest = words
+        stopped_by = (stage, skipped) if skipped else None
+        return cls(tuple(rest[count:]), stopped_by, bool(stop), read_figures(rest[:count]))
 
 
 _NONE = Notices()
@@ -93,14 +111,16 @@ class Intake:
             if mine.stopped_by is None:
                 self._fill(self._gas)
             pulled = len(self._pending)
-            ready = self._all_ready(pulled)
+            ready, stop = self._agree(pulled, mine.stop_requested)
+            notices = replace(mine, stop_requested=stop)
         else:
-            pulled, ready, stage, skipped, *overflows = self._in.take()
-            stopped_by = (stage, skipped) if skipped else None
-            notices = Notices((*overflows, *mine.overflows), stopped_by)
+            pulled, ready, *words = self._in.take()
+            told = Notices.read(words)
+            notices = replace(
+                told, overflows=(*told.overflows, *mine.overflows), figures=(*told.figures, *mine.figures)
+            )
         if self._out is not None:
-            stage, skipped = notices.stopped_by or (0, 0)
-            self._out.send([pulled, ready, stage, skipped, *notices.overflows], before=message)
+            self._out.send([pulled, ready, *notices.words()], before=message)
         self._overflows += notices.overflows
         if notices.stopped_by:
             return notices
@@ -117,7 +137,7 @@ class Intake:
                 "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
                 "drain() to finish what is in flight"
             )
-        return Notices(self.take_overflows())
+        return replace(notices, overflows=self.take_overflows())
 
     def _fill(self, count: int) -> None:
         while self._reads and len(self._pending) < count:
@@ -126,8 +146,10 @@ class Intake:
             except StopIteration:
                 return
 
-    def _all_ready(self, pulled: int) -> int:
-        ready = torch.tensor([int(pulled == self._gas)])
+    def _agree(self, pulled: int, stop: bool) -> tuple[int, bool]:
+        """Whether every replica has its micro-batches, and whether one knows of a request to stop."""
+        going_on = torch.tensor([int(pulled == self._gas), int(not stop)])
         if self._replicas is not None:
-            dist.all_reduce(ready, op=dist.ReduceOp.MIN, group=self._replicas)
-        return int(ready.item())
+            dist.all_reduce(going_on, op=dist.ReduceOp.MIN, group=self._replicas)
+        ready, unasked = going_on.tolist()
+        return ready, not unasked

@@ -31,7 +31,7 @@ class ReportLayout:
     @property
     def words(self) -> int:
         """Length of the vector."""
-        return self.losses + 3 * self.stages + 1
+        return self.losses + 3 * self.stages + 2
 
     @property
     def bubbles(self) -> slice:
@@ -47,6 +47,11 @@ class ReportLayout:
     def in_a_row(self) -> slice:
         """Every stage's newest updates skipped without a break."""
         return slice(self.losses + 2 * self.stages, self.losses + 3 * self.stages)
+
+    @property
+    def stop(self) -> int:
+        """1.0 if a stage so far was asked to stop, else nan."""
+        return self.words - 2
 
     @property
     def scale(self) -> int:
@@ -66,6 +71,7 @@ class BatchReports:
         newest: the newest report, or None.
         step: the call (from 1) whose batch it reports, or None.
         bubble: this stage's bubble as last measured.
+        stop: whether this rank was asked to stop.
     """
 
     def __init__(self, layout: ReportLayout, stage: int, device: torch.device) -> None:
@@ -73,6 +79,7 @@ class BatchReports:
         self.newest: Tensor | None = None
         self.step: int | None = None
         self.bubble = math.nan
+        self.stop = False
         self._stage = stage
         self._device = device
 
@@ -89,6 +96,8 @@ class BatchReports:
         report[self.layout.bubbles][self._stage] = self.bubble
         report[self.layout.skipped][self._stage] = skips.total
         report[self.layout.in_a_row][self._stage] = skips.in_a_row
+        if self.stop:
+            report[self.layout.stop] = 1.0
         self.newest, self.step = report, step
         return report
 

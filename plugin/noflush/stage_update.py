@@ -18,6 +18,7 @@ from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.host_weights import HostWeights, PlainWeights, ZeroWeights, gather_weights, reduce_gradients
 from noflush.kernels.flat import Kernel, Outcome
 from noflush.kernels.norm import gradient_norm
+from noflush.slices import Slices, counted_regions
 from noflush.versions import WeightRing
 
 
@@ -54,8 +55,11 @@ class FusedUpdate:
         weights.take_over()
         self._rule.flatten(weights.flat_groups(), kernel)
         self._shards: list[Tensor] | None = None
+        shard = None
         if weights.sharded:
             self._shards = [torch.zeros_like(s) for s in weights.shards(weights.collect_gradients())]
+            shard = dist.get_rank(weights.replicas)
+        self._counted = counted_regions(weights.layouts, weights.slices, shard, self._replicas)
         self.tuned = kernel.tune(self._shards or weights.collect_gradients())
 
     @torch.no_grad()
@@ -69,7 +73,7 @@ class FusedUpdate:
                 torch._foreach_div_(gradients, self._predivide)
             gradients = reduce_gradients(gradients, self._shards, weights.replicas, self._wire)
             scale = scale * (self._replicas / self._predivide)
-        norm = self._norm(gradients)
+        norm = self._norm(gradients, ring.device)
         following = ring.begin_update()
         outcome = self._rule.step_flat(
             self._kernel,
@@ -91,14 +95,17 @@ class FusedUpdate:
             self._first = False
         return outcome
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        if not self._weights.sharded:
+    def _norm(self, gradients: list[Tensor], device: torch.device) -> Tensor:
+        slices = self._weights.slices
+        if slices.size > 1:
+            gradients = [gradients[r.flat].narrow(0, r.start, r.length) for r in self._counted]
+        elif not self._weights.sharded and self._kernel.name != "triton":
             # Parameter by parameter where that costs nothing: bit for bit torch's own clipping.
-            by_parameter = self._kernel.name != "triton"
-            return self._kernel.norm(self._weights.gradient_views() if by_parameter else gradients)
-        square = self._kernel.norm(gradients).double() ** 2
-        dist.all_reduce(square, group=self._weights.replicas)
-        return square.sqrt().float()
+            gradients = self._weights.gradient_views()
+        norm = self._kernel.norm(gradients).to(device)  # of no tensor at all it lies on the CPU
+        if self._weights.sharded:
+            norm = Slices(self._weights.replicas, size=self._replicas).add_up(norm)
+        return slices.add_up(norm)
 
 
 class HostUpdate:
@@ -125,8 +132,9 @@ class HostUpdate:
         return self._update_wrapped(ring, float(scale))
 
     def _update_plain(self, ring: WeightRing) -> Outcome:
-        parameters = [p for p in ring.params if p.grad is not None]
-        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+        parameters, slices = [p for p in ring.params if p.grad is not None], self._weights.slices
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None and slices.counts(p)])
+        norm = slices.add_up(norm.to(ring.device))
         finite = math.isfinite(norm.item())
         if finite and self._max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)

@@ -76,6 +76,7 @@ class Recorder:
         self._busy_ns = [0] * len(_OPS)
         self._times = [0] * len(_OPS)
         self._spent_ns = 0
+        self._taken_ns = (0, 0)
         # Same-host ranks share the monotonic clock; across hosts the wall clock lines them up.
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
@@ -92,6 +93,11 @@ class Recorder:
         self._calls.append((start_ns, end_ns))
         self._spent_ns += end_ns - start_ns
 
+    def totals(self) -> tuple[int, int]:
+        """Nanoseconds of compute, and nanoseconds in `train_batch`, since the run began."""
+        busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
+        return self._taken_ns[0] + busy, self._taken_ns[1] + self._spent_ns
+
     def take_interval(self) -> dict[str, float]:
         """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""
         busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
@@ -102,6 +108,7 @@ class Recorder:
         for op, ns, times in zip(_OPS, self._busy_ns, self._times, strict=True):
             if times:
                 summary[_NAMES[op]] = ns / times / 1e6
+        self._taken_ns = self.totals()
         self._busy_ns = [0] * len(_OPS)
         self._times = [0] * len(_OPS)
         self._spent_ns = 0

@@ -112,7 +112,6 @@ WRONG = {
     "our optimizer, no block": ({k: v for k, v in GOOD.items() if k != "async_pipeline"}, None, "is noflush's, but"),
     "more stages than layers": (GOOD, RunFacts(stages=4, layers=3), "4 stages for 3 layers: every stage needs a layer"),
     "tied layers": (GOOD, RunFacts(stages=2, layers=4, tied_keys=("embed",)), "tied layers 'embed'.*untie them"),
-    "tensor parallel": (GOOD, RunFacts(stages=2, layers=4, tensor_parallel=2), "tensor parallel size 2"),
     "dynamic shape": (GOOD, RunFacts(stages=2, layers=4, dynamic_shape=True), "dynamic_shape=True"),
     "old DeepSpeed": (GOOD, RunFacts(stages=2, layers=4, deepspeed_version="0.18.9"), "install deepspeed>=0.19.3"),
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Megatron GPT training under noflush: entry points, and the parts they are made of."""

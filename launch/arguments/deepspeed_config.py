@@ -1,0 +1,200 @@
+"""The DeepSpeed config of a run: the user's file, completed by Megatron's arguments.
+
+Megatron-DeepSpeed's scripts write some numbers in both places; where the two differ, nobody is right.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from noflush.config import BLOCK, OUR_OPTIMIZERS, ConfigError, RunFacts, check_config, check_run
+from noflush.launch.arguments.settings import Batch, Optimizer, Ranks
+
+
+class Found(Protocol):
+    """The command line's values, which options were given, and where faults and notes go."""
+
+    values: dict[str, Any]
+    named: dict[str, str]
+    faults: list[str]
+    notes: list[str]
+
+
+def read_config(path: str | None, faults: list[str]) -> dict[str, Any]:
+    """The config in ``path``; without one, noflush switched on and nothing else."""
+    if path is None:
+        return {BLOCK: {"enabled": True}}
+    import hjson  # DeepSpeed's own reader, which allows comments
+
+    try:
+        found = hjson.loads(Path(path).read_text())
+    except OSError as error:
+        faults.append(f"--deepspeed_config {path} cannot be read: {error.strerror}")
+    except hjson.HjsonDecodeError as error:
+        faults.append(f"--deepspeed_config {path} is no JSON: {error}")
+    else:
+        if isinstance(found, Mapping):
+            return dict(found)
+        faults.append(f"--deepspeed_config {path} holds a {type(found).__name__}: it must be a JSON object")
+    return {}
+
+
+def complete(
+    of: Found,
+    config: Mapping[str, Any],
+    ranks: Ranks,
+    batch: Batch,
+    optimizer: Optimizer,
+    precision: str,
+    tied: bool,
+) -> dict[str, Any]:
+    """``config`` with what the arguments say; adds faults where they differ."""
+    ds = copy.deepcopy(dict(config))
+    size = batch.rampup[0] if batch.rampup else batch.global_size
+    unit = batch.micro * max(1, ranks.data)
+    # A script keeps its config while the number of ranks changes, so the ramp-up's size and K are ours to set.
+    _agree(of, ds, "train_micro_batch_size_per_gpu", batch.micro, "--micro-batch-size", "micro_batch_size")
+    _agree(of, ds, "train_batch_size", batch.global_size, "--global-batch-size", "global_batch_size")
+    _agree(of, ds, "gradient_accumulation_steps", batch.global_size // unit, "--global-batch-size", "global_batch_size")
+    ds["train_batch_size"], ds["gradient_accumulation_steps"] = size, max(1, size // unit)
+    _agree(of, ds, "gradient_clipping", of.values["clip_grad"], "--clip-grad", "clip_grad")
+    ds.setdefault("steps_per_print", 1_000_000_000)
+    _set_precision(of, ds, precision)
+    _set_zero(of, ds, precision)
+    _set_optimizer(of, ds, optimizer)
+    _check(of, ds, ranks, tied)
+    return ds
+
+
+def _agree(of: Found, ds: dict[str, Any], key: str, value: Any, option: str, name: str) -> None:
+    """Sets ``ds[key]``; an option that was given and a config that says otherwise are a fault."""
+    there = ds.get(key, "auto")
+    if there in ("auto", None):
+        ds[key] = value
+    elif there != value and name in of.named:
+        of.faults.append(
+            f"{key} is {there} in the DeepSpeed config, but {option} makes it {value}: take one of them out"
+        )
+
+
+def _set_precision(of: Found, ds: dict[str, Any], precision: str) -> None:
+    for name in ("fp16", "bf16"):
+        section = ds.get(name)
+        section = dict(section) if isinstance(section, Mapping) else {}
+        enabled = section.get("enabled", "auto")
+        if enabled not in ("auto", None) and bool(enabled) != (precision == name):
+            of.faults.append(
+                f"{name}.enabled is {enabled} in the DeepSpeed config, but the arguments say {precision}: "
+                f"{'add' if enabled else 'take out'} --{name}, or change the config"
+            )
+        if precision == name:
+            ds[name] = {**section, "enabled": True}
+        else:
+            ds.pop(name, None)
+    if precision == "fp16":
+        scaling = ds["fp16"]
+        static = of.values["loss_scale"]
+        scaling.setdefault("loss_scale", static or 0)
+        if not scaling["loss_scale"]:
+            initial = int(of.values["initial_loss_scale"]).bit_length() - 1
+            # DeepSpeed starts at a power of two, and Megatron's own default of 2^32 overflows 16 times in a row.
+            scaling.setdefault("initial_scale_power", initial if "initial_loss_scale" in of.named else 16)
+            scaling.setdefault("loss_scale_window", int(of.values["loss_scale_window"]))
+            scaling.setdefault("hysteresis", of.values["hysteresis"])
+            scaling.setdefault("min_loss_scale", of.values["min_loss_scale"])
+    elif "loss_scale" in of.named:
+        of.notes.append(f"--loss-scale {of.values['loss_scale']}: only --fp16 scales the loss")
+    if precision == "bf16" and of.values["accumulate_allreduce_grads_in_fp32"]:
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def _set_zero(of: Found, ds: dict[str, Any], precision: str) -> None:
+    named, values = of.named, of.values
+    asked = None
+    if "zero_stage" in named:
+        asked = int(values["zero_stage"])
+    elif values["use_distributed_optimizer"]:
+        asked = 1
+    section = ds.get("zero_optimization")
+    there = section.get("stage") if isinstance(section, Mapping) else None
+    if asked is not None and there is not None and there != asked:
+        of.faults.append(
+            f"zero_optimization.stage is {there} in the DeepSpeed config, but the arguments say {asked}: take one out"
+        )
+    # fp16's master weights, and float32 sums of bf16 gradients, are ZeRO-1's; it costs nothing on one replica.
+    sums = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    if there is None and (precision == "fp16" or (precision == "bf16" and sums)):
+        asked = max(1, asked or 0)
+    if there is None and asked is not None:
+        ds["zero_optimization"] = {**(section if isinstance(section, Mapping) else {}), "stage": asked}
+
+
+def _set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer) -> None:
+    """An "optimizer" section names the method; learning rate and decay are Megatron's schedule's."""
+    section = ds.get("optimizer")
+    if "scheduler" in ds:
+        of.faults.append(
+            "the DeepSpeed config has a scheduler, and so have Megatron's arguments (--lr-decay-style ...): take the "
+            "section out"
+        )
+    if isinstance(section, Mapping):
+        params = dict(section.get("params") or {})
+        decay = optimizer.weight_decay[0]
+        for key, option, name, value in (
+            ("lr", "--lr", "lr", optimizer.lr),
+            ("weight_decay", "--weight-decay", "weight_decay", decay),
+        ):
+            if params.get(key, "auto") not in ("auto", value) and name in of.named:
+                of.faults.append(
+                    f"optimizer.params.{key} is {params[key]} in the DeepSpeed config, but {option} says {value}: take "
+                    "one out"
+                )
+            params[key] = value
+        ds["optimizer"] = {**section, "params": params}
+        for name in ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"):
+            if name in of.named:
+                of.notes.append(f"{of.named[name]}: the optimizer is the one in the DeepSpeed config, with its own")
+        return
+    enabled = isinstance(ds.get(BLOCK), Mapping) and ds[BLOCK].get("enabled", True)
+    if optimizer.name == "sgd":
+        params = {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay[0]}
+        ds["optimizer"] = {"type": "SGD", "params": params}
+        return
+    params = {
+        "lr": optimizer.lr,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay[0],
+    }
+    if enabled:
+        ds["optimizer"] = {"type": "PipeDreamAdamW", "params": params}
+        if ds[BLOCK].get("schedule", "1f1b_no_flush") == "1f1b_no_flush":
+            of.notes.append(
+                "training with Adam, as --optimizer says. For the delay-aware method add to the DeepSpeed config: "
+                f'"optimizer": {{"type": "{OUR_OPTIMIZERS[0]}", "params": {{"betas": [0.99, 0.999]}}}}'
+            )
+    else:
+        ds["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": True}}
+
+
+def _check(of: Found, ds: dict[str, Any], ranks: Ranks, tied: bool) -> None:
+    """noflush's own checks, among this run's faults."""
+    import deepspeed
+
+    try:
+        if check_config(ds) is not None:
+            zero = ds.get("zero_optimization")
+            facts = RunFacts(
+                stages=ranks.pipeline,
+                layers=max(ranks.pipeline, of.values["num_layers"] or 1),
+                gas=ds["gradient_accumulation_steps"],
+                zero_stage=int(zero.get("stage") or 0) if isinstance(zero, Mapping) else 0,
+                tied_keys=("embedding",) if tied and ranks.pipeline > 1 else (),
+                deepspeed_version=deepspeed.__version__,
+            )
+            check_run(ds, facts)
+    except ConfigError as error:
+        of.faults += error.faults

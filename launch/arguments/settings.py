@@ -1,0 +1,243 @@
+"""What a run is, after the arguments were understood: plain frozen data, in Megatron's names and units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
+Positions = Literal["learned_absolute", "rope", "none"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GPT.
+
+    Attributes:
+        positions: kind of position embedding; ``max_positions`` counts learned ones.
+        activation: ``gelu``, ``openai_gelu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU of it.
+        query_groups: key-value heads; as many as heads without grouped-query attention.
+        tied: whether the output layer shares the word embedding's weights.
+        vocabulary: rows of the embedding; 0 until the tokenizer is known.
+        rope_base, rope_percent, rope_interleaved, rope_interpolation, rope_scaling: rotary positions as Megatron's
+            ``--rotary-*`` and ``--rope-scaling-factor`` (None: no scaling).
+    """
+
+    layers: int
+    hidden: int
+    ffn_hidden: int
+    heads: int
+    query_groups: int
+    kv_channels: int
+    sequence: int
+    max_positions: int
+    positions: Positions
+    tied: bool
+    normalization: Normalization
+    norm_epsilon: float
+    activation: str
+    gated: bool
+    bias: bool
+    qkv_bias: bool
+    qk_norm: bool
+    post_norm_residual: bool
+    query_key_layer_scaling: bool
+    softmax_in_fp32: bool
+    loss_in_low_precision: bool
+    attention_dropout: float
+    hidden_dropout: float
+    init_std: float
+    embedding_init_std: float | None
+    xavier_init: bool
+    rope_base: int
+    rope_percent: float
+    rope_interleaved: bool
+    rope_interpolation: int | None
+    rope_scaling: float | None
+    pad_vocabulary_to: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks share the work: tensor x pipeline x data = world."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    backend: str | None
+    timeout_minutes: int
+
+    @property
+    def data(self) -> int:
+        """Data-parallel replicas."""
+        return self.world // (self.tensor * self.pipeline)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Batch sizes in samples: ``global_size`` = ``micro`` x replicas x K.
+
+    Attributes:
+        rampup: (start, increment, samples over which it grows), or None.
+    """
+
+    micro: int
+    global_size: int
+    rampup: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long to train, and what happens on the way; all in iterations but where named otherwise.
+
+    Attributes:
+        samples: how many to train on; ``iterations`` follow from it where there is no ramp-up.
+        recompute: ``None``, ``uniform`` or ``block``; ``recompute_layers`` a chunk, or so many of each stage.
+    """
+
+    iterations: int
+    samples: int
+    by_samples: bool
+    eval_every: int
+    eval_iterations: int
+    save_every: int | None
+    log_every: int
+    exit_every: int | None
+    exit_after_minutes: float | None
+    exit_signals: tuple[int, ...]
+    skip_train: bool
+    seed: int
+    recompute: str | None
+    recompute_layers: int
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Megatron's optimizer and schedule; lengths in samples, as its scheduler counts.
+
+    Attributes:
+        name: ``adam`` or ``sgd``.
+    """
+
+    name: str
+    lr: float
+    min_lr: float
+    lr_init: float
+    decay_style: str
+    warmup_samples: int
+    decay_samples: int
+    wsd_style: str
+    wsd_samples: int | None
+    weight_decay: tuple[float, float]
+    weight_decay_style: str
+    betas: tuple[float, float]
+    eps: float
+    momentum: float
+    override_schedule: bool
+    checkpoint_schedule: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where samples come from.
+
+    Attributes:
+        blend: prefixes, with weights before them if blended, that ``split`` divides; or None.
+        splits: prefixes for training, validation and test, in place of ``blend``; or None.
+        mock: made-up data.
+    """
+
+    blend: tuple[str, ...] | None
+    splits: tuple[tuple[str, ...] | None, ...] | None
+    split: str | None
+    cache: str | None
+    mock: bool
+    order: str
+    workers: int
+    reset_positions: bool
+    reset_mask: bool
+    mask_eod: bool
+    mmap: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokenizer: Megatron's type name and its files."""
+
+    type: str | None
+    model: str | None
+    vocab_file: str | None
+    merge_file: str | None
+    vocab_size: int | None
+    extra_ids: int
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where checkpoints go and come from.
+
+    Attributes:
+        tag: name of the one to load; None for the newest complete one.
+        finetune: take the weights alone and start at iteration 0.
+    """
+
+    save: str | None
+    load: str | None
+    tag: str | None
+    finetune: bool
+    load_optimizer: bool
+    load_rng: bool
+    save_rng: bool
+    must_exist: bool
+
+
+@dataclass(frozen=True)
+class Logs:
+    """What is written where besides the log lines."""
+
+    tensorboard_dir: str | None
+    tensorboard_every: int
+    tensorboard_queue: int
+    timers: bool
+    memory: bool
+    world_size: bool
+    batch_size: bool
+    learning_rate: bool
+    loss_scale: bool
+    validation_perplexity: bool
+    throughput: bool
+    wandb_project: str | None
+    wandb_name: str | None
+    wandb_dir: str | None
+    wandb_entity: str | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run.
+
+    Attributes:
+        deepspeed: the config that ``deepspeed.initialize`` gets.
+        notes: what to say at the start.
+    """
+
+    model: Model
+    ranks: Ranks
+    batch: Batch
+    steps: Steps
+    optimizer: Optimizer
+    data: Data
+    tokens: Tokens
+    checkpoints: Checkpoints
+    logs: Logs
+    precision: Literal["fp32", "bf16", "fp16"]
+    deepspeed: dict[str, Any]
+    dry_run: bool
+    notes: tuple[str, ...]
+
+    @property
+    def gas(self) -> int:
+        """K, micro-batches an update, at the full batch size."""
+        return self.batch.global_size // (self.batch.micro * self.ranks.data)

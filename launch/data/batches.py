@@ -1,0 +1,34 @@
+"""Micro-batches for the pipeline, out of a dataset: an endless iterator that knows where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from noflush.launch.data.order import SampleOrder
+
+MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]
+
+
+def as_micro_batch(sample: dict[str, Tensor]) -> MicroBatch:
+    """What the pipeline's layers and loss take: ((tokens, positions[, mask]), (labels, loss mask))."""
+    inputs = [sample["tokens"], sample["position_ids"]]
+    if "attention_mask" in sample:
+        inputs.append(sample["attention_mask"])
+    return tuple(inputs), (sample["labels"], sample["loss_mask"])
+
+
+def micro_batches(dataset: Any, order: SampleOrder, workers: int) -> Iterator[MicroBatch]:
+    """Micro-batches of ``dataset`` in ``order``, read ahead by ``workers`` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+    return map(as_micro_batch, loader)

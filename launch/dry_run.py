@@ -1,0 +1,66 @@
+"""``--dry-run``: the plan, the ranks and the memory of every stage; nothing is started and no weight allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from noflush.config import BLOCK, check_config
+from noflush.launch.arguments.settings import Ranks, Settings
+from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
+from noflush.plan import human_bytes, make_plan
+from noflush.schedule import Schedule
+
+
+def schedule_of(settings: Settings) -> Schedule:
+    """The schedule that the run will have; the flush twin's where the block is off."""
+    block = check_config(settings.deepspeed)
+    if block is None:
+        return Schedule(settings.ranks.pipeline, settings.gas, "1f1b_flush")
+    return Schedule(settings.ranks.pipeline, settings.gas, block.schedule, block.weights, block.extra_in_flight)
+
+
+def ranks_of_stage(ranks: Ranks, stage: int) -> str:
+    """The global ranks of a stage, as DeepSpeed's and Megatron's layout numbers them: ``8-15``."""
+    each = ranks.data * ranks.tensor
+    first, last = stage * each, (stage + 1) * each - 1
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
+    """Prints ``lines``, then a row a stage, then what the flush costs."""
+    console = Console(width=120)
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    schedule = schedule_of(settings)
+    ranks = settings.ranks
+    counts = parameters_by_stage(settings.model, ranks.pipeline, ranks.tensor)
+    plan = make_plan(schedule, counts)
+    memory = bytes_by_stage(settings, schedule)
+    table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, {schedule.name}, weights {schedule.weights}")
+    for column in ("stage", "ranks", "layers", "weights", "delay", "versions", "in flight"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("weights, gradients, optimizer", "stash", "activations (estimate)", "a rank"):
+        table.add_column(column, justify="right")
+    for row, count, needed in zip(plan.stages, counts, memory, strict=True):
+        table.add_row(
+            str(row.stage),
+            ranks_of_stage(ranks, row.stage),
+            str(settings.model.layers // ranks.pipeline),
+            f"{count / 1e6:.1f} M",
+            str(row.delay),
+            str(row.versions),
+            str(row.in_flight),
+            human_bytes(needed.weights),
+            human_bytes(needed.stash),
+            human_bytes(needed.activations),
+            human_bytes(needed.total),
+        )
+    console.print(table)
+    if (settings.deepspeed.get(BLOCK) or {}).get("enabled"):
+        console.print(
+            f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it", highlight=False
+        )
+    console.print("dry run: nothing was started", highlight=False)

@@ -1,0 +1,98 @@
+"""The model as a DeepSpeed pipeline: layers in order, each with random numbers of its own, and parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+from noflush.launch.arguments.settings import Model, Settings
+from noflush.launch.gpt.config import layer_spec, transformer_config, transformer_engine_usable
+from noflush.launch.gpt.layers import Block, Embedding, FinalNorm, Head, NextTokenLoss, tied_head
+
+
+class _Seeded:
+    """A layer built late, by random numbers of its own: the weights are alike however the model is split."""
+
+    seed: int
+    typename: type[nn.Module]
+    module_args: tuple[Any, ...]
+
+    def build(self, log: bool = False) -> nn.Module:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self.seed)
+            return self.typename(*self.module_args)
+
+
+class _Layer(_Seeded, LayerSpec):  # type: ignore[misc]
+    def __init__(self, seed: int, typename: type[nn.Module], *args: Any) -> None:
+        super().__init__(typename, *args)
+        self.seed = seed
+
+
+class _TiedEmbedding(_Seeded, TiedLayerSpec):  # type: ignore[misc]
+    def __init__(self, seed: int, *args: Any, forward_fn: Any = None) -> None:
+        shared = "word_embeddings_weight"
+        super().__init__("embedding", Embedding, *args, forward_fn=forward_fn, tied_weight_attr=shared)
+        self.seed = seed
+
+
+def layer_specs(
+    model: Model, seed: int, tensor_parallel: int = 1, stages: int = 1, recompute_block: int = 0
+) -> list[LayerSpec]:
+    """Embedding, ``model.layers`` blocks, final norm and output layer, none built yet.
+
+    ``recompute_block``: so many first blocks of every stage recompute their activations.
+    """
+    config = transformer_config(model, tensor_parallel)
+    spec = layer_spec(model, transformer_engine_usable())
+    per_stage = model.layers // stages
+    # Seeds far apart, so that runs with neighbouring seeds share no layer's draws.
+    seeds = [seed * 100_003 + number for number in range(model.layers + 2)]
+    layers: list[LayerSpec] = [
+        _TiedEmbedding(seeds[0], config, model) if model.tied else _Layer(seeds[0], Embedding, config, model)
+    ]
+    for number in range(1, model.layers + 1):
+        recompute = (number - 1) % per_stage < recompute_block
+        layers.append(_Layer(seeds[number], Block, config, spec, model, number, recompute))
+    layers.append(_Layer(seeds[-1], FinalNorm, config))
+    if model.tied:
+        layers.append(_TiedEmbedding(seeds[0], config, model, forward_fn=tied_head))
+    else:
+        layers.append(_Layer(seeds[-1], Head, config, model))
+    return layers
+
+
+def build_pipeline(settings: Settings) -> PipelineModule:
+    """The run's module on this rank. torch.distributed and megatron-core's groups must be there."""
+    steps, ranks = settings.steps, settings.ranks
+    topology = PipeModelDataParallelTopology(num_pp=ranks.pipeline, num_mp=ranks.tensor, num_dp=ranks.data)
+    return PipelineModule(
+        layers=layer_specs(
+            settings.model,
+            steps.seed,
+            ranks.tensor,
+            ranks.pipeline,
+            steps.recompute_layers if steps.recompute == "block" else 0,
+        ),
+        topology=topology,
+        loss_fn=NextTokenLoss(settings.model.loss_in_low_precision),
+        partition_method="type:Block",
+        activation_checkpoint_interval=steps.recompute_layers if steps.recompute == "uniform" else 0,
+        checkpointable_layers=["Block"],
+        seed_layers=False,
+    )
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, as Megatron's: weights that decay, and biases and other one-dimensional ones that do not."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (others if name.endswith(".bias") or parameter.dim() == 1 else decayed).append(parameter)
+    groups = [{"params": decayed, "wd_mult": 1.0}, {"params": others, "wd_mult": 0.0, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

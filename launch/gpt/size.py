@@ -1,0 +1,120 @@
+"""How many weights and bytes each stage of a GPT has on one rank. Pure: nothing is built.
+
+Weights are counted exactly; activations are estimated after Korthikanti et al. (2022), equation 2, for an attention
+that keeps no score matrix: 34 s b h bytes a layer in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from noflush.launch.arguments.settings import Model, Settings
+from noflush.schedule import Schedule
+
+_MASTER = 4
+
+
+def parameters_of_layer(model: Model, tensor: int = 1) -> int:
+    """Weights of one transformer layer on one of ``tensor`` slices."""
+    h, projection = model.hidden, model.heads * model.kv_channels
+    norm = h * (2 if model.normalization == "LayerNorm" else 1)
+    qkv = (projection + 2 * model.query_groups * model.kv_channels) // tensor
+    fc1 = (2 if model.gated else 1) * model.ffn_hidden // tensor
+    count = 2 * norm + h * qkv + projection // tensor * h + h * fc1 + model.ffn_hidden // tensor * h
+    if model.bias:
+        count += qkv + fc1 + 2 * h  # the projections' biases are whole on every slice
+    elif model.qkv_bias:
+        count += qkv
+    if model.qk_norm:
+        count += 2 * model.kv_channels * (2 if model.normalization == "LayerNorm" else 1)
+    return count
+
+
+def parameters_by_stage(model: Model, stages: int, tensor: int = 1) -> list[int]:
+    """Weights of every stage on one of ``tensor`` slices; a tied embedding counts on both its stages."""
+    counts = [model.layers // stages * parameters_of_layer(model, tensor)] * stages
+    words = model.vocabulary // tensor * model.hidden
+    positions = model.max_positions * model.hidden if model.positions == "learned_absolute" else 0
+    norm = model.hidden * (2 if model.normalization == "LayerNorm" else 1)
+    counts[0] += words + positions
+    # DeepSpeed builds a tied layer whole on both stages, its positions included.
+    counts[-1] += norm + (0 if model.tied and stages == 1 else words + (positions if model.tied else 0))
+    return counts
+
+
+def parameters(model: Model) -> int:
+    """Weights of the whole model; a tied embedding counts once."""
+    return sum(parameters_by_stage(model, 1))
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """Bytes of one rank of one stage.
+
+    Attributes:
+        weights: the newest version, its gradients, float32 masters and moments.
+        stash: the versions besides.
+        activations: of all micro-batches in flight; estimated.
+    """
+
+    weights: int
+    stash: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.stash + self.activations
+
+
+def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
+    """What every stage needs under ``schedule``."""
+    model, ranks = settings.model, settings.ranks
+    width = 4 if settings.precision == "fp32" else 2
+    zero = settings.deepspeed.get("zero_optimization") or {}
+    sharded = ranks.data if zero.get("stage") else 1
+    gradient = 4 if (settings.deepspeed.get("data_types") or {}).get("grad_accum_dtype") == "fp32" else width
+    moment = 2 if _moments_in_bf16(settings) else 4
+    found = []
+    for stage, count in enumerate(parameters_by_stage(model, ranks.pipeline, ranks.tensor)):
+        state = 2 * moment + (_MASTER if width == 2 else 0)
+        weights = count * (width + gradient) + count * state // sharded
+        stash = count * width * (schedule.versions_alive(stage) - 1)
+        layers = model.layers // ranks.pipeline
+        held = schedule.in_flight(stage) * _activations(settings, layers, width)
+        if stage == ranks.pipeline - 1:
+            # Logits, once in the model's dtype and once in float32 for the loss.
+            held += model.sequence * settings.batch.micro * model.vocabulary // ranks.tensor * (width + 4)
+        found.append(StageBytes(weights, stash, held))
+    return found
+
+
+def _activations(settings: Settings, layers: int, width: int) -> int:
+    """Of one micro-batch in ``layers`` layers."""
+    model, steps = settings.model, settings.steps
+    tokens = model.sequence * settings.batch.micro
+    boundary = tokens * model.hidden * width
+    # 34 = 10 outside the split part, 24 within it.
+    whole = 17 * boundary * (10 + 24 / settings.ranks.tensor) / 34
+    if steps.recompute is None:
+        return int(layers * whole)
+    if steps.recompute == "block":
+        kept = max(0, layers - steps.recompute_layers)
+        return int(kept * whole + (layers - kept) * boundary)
+    chunk = max(1, steps.recompute_layers)
+    return int(-(-layers // chunk) * boundary + chunk * whole / max(1, layers // chunk))
+
+
+def _moments_in_bf16(settings: Settings) -> bool:
+    params = (settings.deepspeed.get("optimizer") or {}).get("params") or {}
+    return params.get("moments") == "bf16"
+
+
+def describe(model: Model) -> Sequence[str]:
+    """Words for a model: size and kind."""
+    kind = [model.normalization, model.activation + (" gated" if model.gated else ""), model.positions]
+    if model.query_groups != model.heads:
+        kind.append(f"{model.query_groups} key-value heads")
+    kind.append("tied" if model.tied else "untied")
+    return kind

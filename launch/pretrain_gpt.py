@@ -1,0 +1,144 @@
+"""Trains a GPT with Megatron's arguments, the pipeline never flushing.
+
+deepspeed --num_gpus 4 launch/pretrain_gpt.py ARGUMENTS --deepspeed --deepspeed_config ds_config.json
+torchrun --nproc_per_node 4 launch/pretrain_gpt.py ARGUMENTS ...
+srun python launch/pretrain_gpt.py ARGUMENTS ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Early: signals may come in the seconds that the imports below take.
+from noflush.launch.arguments.parser import ArgumentsError
+from noflush.launch.arguments.settings import Settings
+from noflush.launch.ranks import Rendezvous, export, rendezvous
+
+_FOR_RANK_0 = 20.0
+STOPPED = "stopped"
+"""File in the --save folder that says why a run ended before its last iteration; removed by the next one."""
+
+
+def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Sequence[str]]]:
+    """The run's settings, files checked and vocabulary known, and the options without meaning.
+
+    Raises ArgumentsError listing every fault, before any process group or weight.
+    """
+    from noflush.launch.arguments.files import file_faults
+    from noflush.launch.arguments.understand import understand
+    from noflush.launch.data.tokenizer import make_tokenizer, padded_vocabulary
+    from noflush.launch.training.checkpoints import model_faults
+    from noflush.launch.training.writers import board_needed
+
+    settings, without_meaning = understand(argv, world)
+    faults = file_faults(settings) + board_needed(settings)
+    if not settings.model.vocabulary and not faults:
+        try:
+            tokenizer = make_tokenizer(settings.tokens)
+        except ValueError as error:
+            faults.append(str(error))
+        else:
+            rows = padded_vocabulary(tokenizer.vocab_size, settings.model.pad_vocabulary_to)
+            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
+    faults += [] if faults else model_faults(settings.checkpoints, settings.model)
+    if faults:
+        raise ArgumentsError(faults)
+    return settings, without_meaning
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs; the exit status: 0 for trained to the end or stopped with a checkpoint, 2 for wrong arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        found = rendezvous(os.environ)
+    except ValueError as error:
+        print(f"noflush: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        settings, without_meaning = settings_of(argv, found.world_size)
+    except ArgumentsError as error:
+        if found.rank == 0:
+            print(f"noflush: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        else:
+            # A launcher ends all ranks when the first one ends: that must be the one that says why.
+            time.sleep(_FOR_RANK_0)
+        return 2
+    from noflush.launch.dry_run import print_dry_run
+    from noflush.launch.gpt.size import parameters
+    from noflush.launch.start_lines import start_lines
+
+    count = parameters(settings.model)
+    lines = start_lines(settings, count, without_meaning)
+    if settings.dry_run:
+        if found.rank == 0:
+            print_dry_run(settings, lines)
+        return 0
+    export(found, os.environ)
+    return _train(settings, found, lines, count)
+
+
+def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int) -> int:
+    from noflush.launch.data.datasets import build_datasets
+    from noflush.launch.data.tokenizer import make_tokenizer
+    from noflush.launch.training import checkpoints
+    from noflush.launch.training.loop import Training, say
+    from noflush.launch.training.progress import Position
+    from noflush.launch.training.start import build_engine, join, leave
+
+    stage = found.rank // (settings.ranks.data * settings.ranks.tensor)
+    training: Any = None
+    try:
+        join(settings.ranks)
+        if found.rank == 0:
+            for line in lines:
+                say(line)
+        engine = build_engine(settings)
+        position = checkpoints.load(engine, settings.checkpoints)
+        if found.rank == 0 and position is not None:
+            say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
+        reads = engine.is_first_stage() or engine.is_last_stage()
+        datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
+        training = Training(settings, engine, datasets, position or Position(), count)
+        reason = training.run()
+        if found.rank == 0:
+            _say_why(settings, training.position.iteration, reason)
+        leave()
+    except Exception:
+        # Not to wait for peers on the way out: a rank that ends at once lets them see it.
+        iteration = training.position.iteration if training else 0
+        traceback.print_exc()
+        print(  # noqa: T201
+            f"noflush: stage {stage} (rank {found.rank} of {found.world_size}) ends after iteration {iteration}. "
+            f"Start again with --load {settings.checkpoints.save or settings.checkpoints.load} to go on from the "
+            "newest complete checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(1)
+    return 0
+
+
+def _say_why(settings: Settings, iteration: int, reason: str | None) -> None:
+    folder = settings.checkpoints.save
+    if reason is None:
+        print(f"finished at iteration {iteration}", flush=True)  # noqa: T201
+    else:
+        print(f"stopped at iteration {iteration}: {reason}", flush=True)  # noqa: T201
+    if folder:
+        marker = Path(folder) / STOPPED
+        if reason is None:
+            marker.unlink(missing_ok=True)
+        else:
+            marker.write_text(f"iteration {iteration} of {settings.steps.iterations}: {reason}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""What rank 0 says of a run before its first iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from noflush.config import BLOCK
+from noflush.launch.arguments.settings import Settings
+from noflush.launch.gpt.size import describe
+
+
+def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[str, Sequence[str]]) -> list[str]:
+    """The model, the ranks, what is noteworthy, and the options without meaning by what they are about."""
+    model, ranks, steps = settings.model, settings.ranks, settings.steps
+    length = f"{steps.samples} samples" if steps.by_samples else f"{steps.iterations} iterations"
+    lines = [
+        f"GPT of {parameters:,} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
+        f"sequence {model.sequence}, vocabulary {model.vocabulary}; {', '.join(describe(model))}",
+        f"{ranks.world} ranks: pipeline {ranks.pipeline} x data {ranks.data} x tensor {ranks.tensor}; micro-batch "
+        f"{settings.batch.micro}, global batch {settings.batch.global_size} (K = {settings.gas}); "
+        f"{settings.precision}; {length}",
+    ]
+    if not (settings.deepspeed.get(BLOCK) or {}).get("enabled"):
+        lines.append(f"{BLOCK} is not enabled: DeepSpeed's own schedule, with its flush")
+    lines += settings.notes
+    for kind, names in without_meaning.items():
+        lines.append(f"without meaning here ({kind}): {' '.join(names)}")
+    return lines

@@ -1,0 +1,1 @@
+"""A run: its start, its loop, its logs, its checkpoints and its end."""

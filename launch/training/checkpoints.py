@@ -1,0 +1,78 @@
+"""Saving and resuming: DeepSpeed's checkpoints, and beside them what makes a run go on at the exact sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from noflush.checkpoint import LATEST, newest_complete, write_latest
+from noflush.launch.arguments.settings import Checkpoints, Model
+from noflush.launch.training.progress import Position
+from noflush.launch.training.random_state import random_state, restore
+
+_MODEL = "model.json"
+
+
+def tag_of(iteration: int) -> str:
+    """Name of the checkpoint after ``iteration``."""
+    return f"global_step{iteration}"
+
+
+def save(engine: Any, settings: Checkpoints, model: Model, position: Position) -> None:
+    """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk."""
+    assert settings.save is not None
+    tag = tag_of(position.iteration)
+    state = {"noflush": dataclasses.asdict(position)}
+    if settings.save_rng:
+        state["random_state"] = random_state()
+    engine.save_checkpoint(settings.save, tag=tag, client_state=state, save_latest=False)
+    if dist.get_rank() == 0:
+        (Path(settings.save) / tag / _MODEL).write_text(json.dumps(dataclasses.asdict(model), indent=1))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_latest(settings.save, tag)
+    # Nobody goes on to overwrite or to end before it is named.
+    dist.barrier()
+
+
+def load(engine: Any, settings: Checkpoints) -> Position | None:
+    """Loads the checkpoint that ``settings`` name; None if there is none, and training starts anew."""
+    tag = settings.load and (settings.tag or newest_complete(settings.load))
+    if not tag:
+        return None
+    _, state = engine.load_checkpoint(
+        settings.load,
+        tag=tag,
+        load_optimizer_states=settings.load_optimizer,
+        load_lr_scheduler_states=settings.load_optimizer,
+        load_module_only=settings.finetune,
+    )
+    if state is None:
+        raise FileNotFoundError(
+            f"--load {settings.load}: checkpoint {tag} is incomplete; name another with --ckpt-step"
+        )
+    if settings.load_rng and "random_state" in state:
+        restore(state["random_state"])
+    found = Position() if settings.finetune else Position(**state["noflush"])
+    return found
+
+
+def model_faults(settings: Checkpoints, model: Model) -> list[str]:
+    """How the checkpoint to load differs from ``model``."""
+    if not settings.load:
+        return []
+    tag = settings.tag or newest_complete(settings.load)
+    path = Path(settings.load) / (tag or LATEST) / _MODEL
+    if not path.is_file():
+        return []
+    there, here = json.loads(path.read_text()), dataclasses.asdict(model)
+    free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
+    return [
+        f"--load {settings.load}: the checkpoint's model has {name} = {there[name]}, the arguments say {here[name]}"
+        for name in here
+        if name in there and name not in free and there[name] != here[name]
+    ]

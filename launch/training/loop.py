@@ -1,0 +1,218 @@
+"""The training loop: Megatron's, around an engine whose pipeline stays full."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from noflush.launch.arguments.settings import Settings
+from noflush.launch.data.batches import MicroBatch, micro_batches
+from noflush.launch.data.order import SampleOrder
+from noflush.launch.training import checkpoints
+from noflush.launch.training.progress import (
+    Interval,
+    Position,
+    bubble_between,
+    floating_point_operations,
+    log_line,
+    norm_over,
+)
+from noflush.launch.training.schedule import batch_size_at
+from noflush.launch.training.stop import Stop
+from noflush.launch.training.writers import Writers, chosen
+
+
+def say(line: str) -> None:
+    """Prints; the log of a run is its standard output."""
+    print(line, flush=True)  # noqa: T201
+
+
+class Training:
+    """One rank's run.
+
+    Args:
+        settings: of the run.
+        engine: DeepSpeed's.
+        datasets: training, validation and test; None on stages that read no data.
+        position: where to go on.
+        parameters: of the whole model.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: Any, datasets: Sequence[Any], position: Position, parameters: int
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.position = position
+        self._train, self._valid, self._test = datasets
+        self._parameters = parameters
+        self._logs = dist.get_rank() == dist.get_world_size() - 1  # of the last stage, as Megatron's
+        self._writers = Writers(settings) if self._logs else None
+        self._stop = Stop(settings.steps, engine)
+        self._losses: list[torch.Tensor] = []
+        self._figures: Sequence[Any] = ()
+        self._skipped = 0
+        self._spent = 0.0
+        self._saved_at: int | None = position.iteration or None
+
+    def run(self) -> str | None:
+        """Trains to the end; returns why it stopped before, or None if it did not."""
+        steps = self.settings.steps
+        reason = None
+        if not steps.skip_train:
+            reason = self._train_on()
+            self._save()
+        if reason is None and steps.eval_iterations:
+            for name, dataset in (("validation", self._valid), ("test", self._test)):
+                self._evaluate(name, dataset, self.position.iteration)
+        if self._writers:
+            self._writers.close()
+        return reason
+
+    def _done(self) -> bool:
+        steps, position = self.settings.steps, self.position
+        if self.settings.batch.rampup and steps.by_samples:
+            return position.consumed >= steps.samples
+        return position.iteration >= steps.iterations
+
+    def _train_on(self) -> str | None:
+        steps, position = self.settings.steps, self.position
+        data = self._stream(self._train, position.consumed)
+        self._log_start()
+        while not self._done():
+            size = batch_size_at(self.settings, position.consumed)
+            if size != self.engine.train_batch_size():
+                self.engine.set_train_batch_size(size)
+            begin = time.perf_counter()
+            loss = self.engine.train_batch(data_iter=data)
+            self._spent += time.perf_counter() - begin
+            position.iteration += 1
+            position.consumed += size
+            self._losses.append(loss.detach())
+            if position.iteration % steps.log_every == 0:
+                self._log(size)
+            reason = self._stop.reason(position.iteration)
+            if reason is not None:
+                return None if self._done() else reason
+            if steps.eval_iterations and position.iteration % steps.eval_every == 0 and not self._done():
+                self._evaluate("validation", self._valid, position.iteration)
+            if steps.save_every and position.iteration % steps.save_every == 0:
+                self._save()
+        return None
+
+    def _stream(self, dataset: Any, consumed: int) -> Iterator[MicroBatch] | None:
+        if dataset is None:
+            return None
+        settings, grid = self.settings, self.engine.grid
+        order = SampleOrder(
+            len(dataset),
+            consumed,
+            settings.batch.micro,
+            grid.get_data_parallel_rank(),
+            grid.get_data_parallel_world_size(),
+            settings.data.order == "cyclic",
+            settings.steps.seed,
+        )
+        return micro_batches(dataset, order, settings.data.workers)
+
+    def _save(self) -> None:
+        # The checkpoint of this iteration may be the newest complete one: it must not be written over.
+        if self.settings.checkpoints.save and self.position.iteration != self._saved_at:
+            begin = time.perf_counter()
+            checkpoints.save(self.engine, self.settings.checkpoints, self.settings.model, self.position)
+            self._saved_at = self.position.iteration
+            if dist.get_rank() == 0:
+                where = f"{self.settings.checkpoints.save}/{checkpoints.tag_of(self.position.iteration)}"
+                say(f"saved {where} in {time.perf_counter() - begin:.1f} s")
+
+    def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:
+        """Mean loss over ``eval_iters`` global batches, from where the last validation ended; nothing drains."""
+        steps, position = self.settings.steps, self.position
+        size = self.settings.batch.global_size
+        consumed = position.consumed_validation if name == "validation" else 0
+        data = self._stream(dataset, consumed)
+        if not _agreed(self.engine, dataset is not None):
+            return
+        # All micro-batches in one go: the evaluation's own pipeline fills once.
+        count = steps.eval_iterations * size // (self.settings.batch.micro * self.settings.ranks.data)
+        loss = self.engine.eval_batch(data, num_micro_batches=count, bcast_loss=False)
+        if name == "validation":
+            position.consumed_validation += steps.eval_iterations * size
+        if self._logs:
+            mean = float(loss)
+            perplexity = math.exp(min(20.0, mean))
+            say(f" {name} loss at iteration {iteration} | lm loss value: {mean:.6E} | lm loss PPL: {perplexity:.6E} |")
+            values = {f"lm loss {name}": mean}
+            if self.settings.logs.validation_perplexity:
+                values[f"lm loss {name} ppl"] = perplexity
+            assert self._writers
+            self._writers.write(values, iteration, position.consumed)
+
+    def _log_start(self) -> None:
+        self._figures = getattr(self.engine, "figures", ())
+        self._skipped = sum(figure.skipped for figure in self._figures)
+
+    def _log(self, size: int) -> None:
+        losses, self._losses = self._losses, []
+        spent, self._spent = self._spent, 0.0
+        if not self._logs:
+            return
+        count, position, settings = len(losses), self.position, self.settings
+        values = torch.stack(losses).float().cpu()
+        finite = values[values.isfinite()]
+        figures = getattr(self.engine, "figures", ())
+        skipped = sum(figure.skipped for figure in figures)
+        operations = floating_point_operations(
+            settings.model.layers, settings.model.hidden, settings.model.sequence, self._parameters
+        )
+        seconds = spent / count
+        schedule = getattr(self.engine, "schedule", None)
+        interval = Interval(
+            seconds=seconds,
+            learning_rate=self.engine.get_lr()[0],
+            batch_size=size,
+            loss=finite.mean().item() if len(finite) else math.nan,
+            scale=_scale(self.engine),
+            norm=norm_over(figures),
+            skipped=skipped - self._skipped,
+            nans=count - len(finite),
+            bubble=bubble_between(self._figures, figures) if figures else None,
+            delay=schedule.max_delay(0) if schedule else 0,
+            teraflops=operations * size / seconds / 1e12 / settings.ranks.world if settings.logs.throughput else None,
+        )
+        self._figures, self._skipped = figures, skipped
+        say(log_line(position, settings.steps.iterations, interval, datetime.now()))
+        assert self._writers
+        if position.iteration % settings.logs.tensorboard_every == 0 or settings.steps.log_every > 1:
+            named = {
+                "lm loss": interval.loss,
+                "learning-rate": interval.learning_rate,
+                "batch-size": size,
+                "loss-scale": interval.scale,
+                "grad-norm": interval.norm,
+                "iteration-time": seconds,
+                "throughput": interval.teraflops,
+                "bubble": interval.bubble,
+                "delay": interval.delay,
+            }
+            self._writers.write(
+                chosen(settings.logs, named, settings.ranks.world), position.iteration, position.consumed
+            )
+
+
+def _scale(engine: Any) -> float:
+    optimizer = engine.optimizer
+    return float(getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None) or 1.0)
+
+
+def _agreed(engine: Any, mine: bool) -> bool:
+    """Whether the stages that read data have the dataset; stages between do not know."""
+    has = torch.tensor([float(mine)], device=engine.device)
+    dist.all_reduce(has, op=dist.ReduceOp.MAX)
+    return bool(has.item())

@@ -1,0 +1,49 @@
+"""Learning rate and weight decay, by megatron-core's own scheduler, which counts samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from noflush.launch.arguments.settings import Settings
+
+
+def schedule_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
+    """What makes the scheduler of a stage's optimizer, once that is there."""
+    optimizer = settings.optimizer
+    start, end = optimizer.weight_decay
+
+    def make(built: Any) -> OptimizerParamScheduler:
+        return OptimizerParamScheduler(
+            built,
+            init_lr=optimizer.lr_init,
+            max_lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            lr_warmup_steps=optimizer.warmup_samples,
+            lr_decay_steps=optimizer.decay_samples,
+            lr_decay_style=optimizer.decay_style,
+            start_wd=start,
+            end_wd=end,
+            wd_incr_steps=settings.steps.samples,
+            wd_incr_style=optimizer.weight_decay_style,
+            use_checkpoint_opt_param_scheduler=optimizer.checkpoint_schedule,
+            override_opt_param_scheduler=optimizer.override_schedule,
+            wsd_decay_steps=optimizer.wsd_samples,
+            lr_wsd_decay_style=optimizer.wsd_style,
+        )
+
+    return make
+
+
+def batch_size_at(settings: Settings, consumed: int) -> int:
+    """Global batch size after ``consumed`` samples (``--rampup-batch-size``: linear in them, in whole increments)."""
+    batch = settings.batch
+    if batch.rampup is None:
+        return batch.global_size
+    start, increment, samples = batch.rampup
+    if consumed > samples or start == batch.global_size:
+        return batch.global_size
+    steps = int(consumed / (samples / ((batch.global_size - start) // increment)))
+    return min(batch.global_size, start + steps * increment)
