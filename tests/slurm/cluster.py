@@ -59,7 +59,7 @@ ReturnToService=2
 JobRequeue=0
 SlurmdTimeout={slurmd_timeout}
 MessageTimeout=5
-KillWait=5
+KillWait=2
 MinJobAge=3600
 NodeName=node[1-{nodes}] NodeAddr={network}.[1-{nodes}] CPUs=2 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
