@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: setup demo test test-all check bench bench-gpu format clean
+.PHONY: setup demo test test-all test-slurm check bench bench-gpu format clean
 
 setup: $(READY)
 
@@ -20,10 +20,16 @@ demo: setup
 	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slurm"
 
 test-all: setup
+	tests/slurm/install.sh
 	$(BIN)/python -m pytest
+
+# Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Three minutes.
+test-slurm: setup
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm
 
 check: setup
 	$(BIN)/ruff check .
@@ -31,7 +37,7 @@ check: setup
 	rm -rf build/types && mkdir -p build/types/noflush
 	ln -s $(CURDIR)/plugin/noflush/* $(CURDIR)/launch $(CURDIR)/patches build/types/noflush/
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not multiproc and not kernels and not e2e"
+	$(BIN)/python -m pytest -m "not slow and not multiproc and not kernels and not e2e and not slurm"
 
 bench: setup
 	for gas in 1 4 8; do for stages in 4 8; do \
