@@ -114,7 +114,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_slices(self) -> Slices:
         grid = self.grid
         rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
-        if any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs):
+        self._nf_tied = any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs)
+        if self._nf_tied:
             # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
             return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
         return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
@@ -196,7 +197,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         guard = self._nf_guard
         notices = guard.notices(before=self.global_steps - 1)
         self.skipped_steps = guard.skips.total
-        mine = StageFigures(guard.skips.norm, guard.skips.total, *self._nf_recorder.totals())
+        # With tied layers every stage's norm is the whole pipeline's: it counts once.
+        norm = 0.0 if self._nf_tied and self.stage_id else guard.skips.norm
+        mine = StageFigures(norm, guard.skips.total, *self._nf_recorder.totals())
         notices = replace(notices, figures=(mine,))
         notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
         if notices.stopped_by is not None:

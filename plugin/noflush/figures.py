@@ -14,7 +14,8 @@ class StageFigures:
     """One stage's figures as it knew them when it opened a call.
 
     Attributes:
-        norm: gradient norm of its newest update that has been read, unscaled and before clipping; nan before any.
+        norm: gradient norm of its newest update that has been read, unscaled and before clipping; nan before any. Where
+            stages share one norm (tied layers), the first stage tells it and the others 0.
         skipped: updates skipped so far.
         busy_ns: nanoseconds of compute since the run began.
         spent_ns: nanoseconds in `train_batch` since the run began.

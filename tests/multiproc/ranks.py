@@ -13,7 +13,17 @@ from pathlib import Path
 
 # The server imports torch and DeepSpeed once; ranks are forked from it before any thread or group exists.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "noflush.engine", "noflush.simulate", "tests.multiproc.ranks"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "deepspeed",
+        "noflush.engine",
+        "noflush.simulate",
+        "noflush.launch.training.loop",
+        "noflush.launch.training.start",
+        "tests.multiproc.ranks",
+    ]
+)
 
 
 class RankError(AssertionError):

@@ -1,0 +1,122 @@
+"""Megatron runs in little, for the tests: settings out of an argument list, made-up samples, and the simulator's twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import torch
+
+from noflush.launch.arguments.understand import understand
+
+SMALL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
+    "--micro-batch-size 2 --train-iters 50 --lr 3e-3 --lr-decay-style cosine --min-lr 1e-4 --lr-warmup-iters 3 "
+    "--weight-decay 0.1 --clip-grad 0.0 --untie-embeddings-and-output-weights --mock-data --vocab-size 63 "
+    "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --num-workers 0"
+)
+LLAMA = (
+    " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention "
+    "--num-query-groups 2"
+)
+NADAMW = {"type": "DelayAwareNAdamW", "params": {"betas": [0.99, 0.999]}}
+VOCABULARY = 64
+
+
+def settings(arguments, world, folder, config=None):
+    """Settings of ``SMALL`` with ``arguments`` behind it; ``config`` is the DeepSpeed config."""
+    path = folder / "ds_config.json"
+    path.write_text(json.dumps(config or {"optimizer": NADAMW, "async_pipeline": {"enabled": True}}))
+    found, _ = understand([*f"{SMALL} {arguments}".split(), "--deepspeed_config", str(path)], world)
+    return dataclasses.replace(found, model=dataclasses.replace(found.model, vocabulary=VOCABULARY))
+
+
+def samples(count, sequence=16, seed=3):
+    """Random tokens and labels: [count, sequence] each."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCABULARY, (count, sequence + 1), generator=draw)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def micro_batch(tokens, labels):
+    """What the pipeline takes."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    return (tokens, positions), (labels, torch.ones(labels.shape))
+
+
+def train(rank, run, calls, restart_at=None):
+    """Trains ``calls`` calls; this rank's micro-batch losses (last stage), weights and figures."""
+    from noflush.launch.training.start import build_engine, join
+
+    join(run.ranks)
+    engine = build_engine(run)
+    losses, inner = [], engine.module.loss_fn
+
+    def loss_fn(outputs, labels):
+        loss = inner(outputs, labels)
+        if torch.is_grad_enabled():
+            losses.append(loss.item())
+        return loss
+
+    engine.module.loss_fn = engine.loss_model = loss_fn
+    gas, micro, replicas = run.gas, run.batch.micro, run.ranks.data
+    replica = engine.grid.get_data_parallel_rank()
+    tokens, labels = samples(calls * gas * micro * replicas)
+    for call in range(calls):
+        batches = []
+        for k in range(gas):
+            start = ((call * gas + k) * replicas + replica) * micro
+            batches.append(micro_batch(tokens[start : start + micro], labels[start : start + micro]))
+        engine.train_batch(data_iter=iter(batches))
+    if hasattr(engine, "drain"):
+        engine.drain()
+    weights = [p.detach().clone() for p in engine.module.parameters()]
+    return {"losses": losses, "weights": weights, "norm": engine.get_global_grad_norm(), "lr": engine.get_lr()[0]}
+
+
+def simulate(rank, run, calls):
+    """The same run in the delay simulator: (micro-batch losses, final weights of every stage)."""
+    from noflush.launch.dry_run import schedule_of as pipeline_schedule
+    from noflush.launch.gpt.layers import NextTokenLoss
+    from noflush.launch.gpt.pipeline import layer_specs
+    from noflush.launch.training.schedule import schedule_of
+    from noflush.launch.training.start import join
+    from noflush.optim import DelayAwareNAdamW
+    from noflush.simulate import DelaySimulator
+
+    join(dataclasses.replace(run.ranks, world=1, tensor=1, pipeline=1))
+    layers = [spec.build() for spec in layer_specs(run.model, run.steps.seed)]
+    stages = run.ranks.pipeline
+    per_stage = run.model.layers // stages
+    parts = [layers[1 + s * per_stage : 1 + (s + 1) * per_stage] for s in range(stages)]
+    parts[0] = layers[:1] + parts[0]
+    parts[-1] = parts[-1] + layers[-2:]
+
+    def make_optimizer(params):
+        groups = [
+            {"params": [p for p in params if p.dim() > 1], "wd_mult": 1.0},
+            {"params": [p for p in params if p.dim() == 1], "wd_mult": 0.0, "weight_decay": 0.0},
+        ]
+        decay = run.optimizer.weight_decay[0]
+        return DelayAwareNAdamW(groups, lr=run.optimizer.lr, betas=(0.99, 0.999), weight_decay=decay)
+
+    class Scheduler:
+        def __init__(self, optimizer):
+            self.inner = schedule_of(run)(optimizer)
+
+        def step(self):
+            self.inner.step(run.batch.global_size)
+
+    simulator = DelaySimulator(
+        [torch.nn.Sequential(*part) for part in parts],
+        NextTokenLoss(),
+        make_optimizer,
+        pipeline_schedule(run),
+        make_lr_scheduler=Scheduler,
+    )
+    tokens, labels = samples(calls * run.gas * run.batch.micro)
+    losses = []
+    for start in range(0, len(tokens), run.batch.micro):
+        end = start + run.batch.micro
+        losses.append(simulator.train_micro_batch(*micro_batch(tokens[start:end], labels[start:end])).item())
+    return losses, [list(simulator.parameters(s).values()) for s in range(stages)]
