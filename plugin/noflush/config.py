@@ -82,6 +82,8 @@ class RunFacts:
         deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
         client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
         zero_stage: ZeRO stage as the host resolved it.
+        untie: how tied layers are untied in this host.
+        faults: what the host's own flags ask for and cannot have.
     """
 
     stages: int
@@ -93,6 +95,8 @@ class RunFacts:
     deepspeed_version: str = "0.19.8"
     client_optimizer: bool = False
     zero_stage: int = 0
+    untie: str = "untie them (LayerSpec in place of TiedLayerSpec)"
+    faults: tuple[str, ...] = ()
 
 
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
@@ -321,7 +325,7 @@ def _bf16(ds: Mapping[str, Any]) -> bool:
 
 
 def _faults_of_facts(facts: RunFacts) -> list[str]:
-    faults = []
+    faults = list(facts.faults)
     version = tuple(int(part) for part in facts.deepspeed_version.split("+")[0].split(".")[:3] if part.isdigit())
     if version < OLDEST_DEEPSPEED:
         faults.append(
@@ -336,7 +340,7 @@ def _faults_of_facts(facts: RunFacts) -> list[str]:
     if facts.tied_keys:
         faults.append(
             f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
-            "different times; untie them (LayerSpec in place of TiedLayerSpec), or take the block out"
+            f"different times; {facts.untie}, or take the block out"
         )
     if facts.tensor_parallel > 1:
         faults.append(

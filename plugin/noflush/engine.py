@@ -139,6 +139,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         start = time.perf_counter_ns()
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        runner = self._nf_runner
+        if not runner.calls and runner.first_micro_batch != self.global_steps * self.micro_batches:
+            # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
+            self._nf_renumber()
         self._nf_open_call()
         self.module.train()
         self._compute_loss = True
@@ -386,14 +390,18 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             rule.state.update(kept)
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
-        self._nf_runner.ring.restart(self.global_steps)
-        self._nf_runner.restart(self.global_steps * self.micro_batches)
+        self._nf_renumber()
         self._nf_intake.clear()
         self._nf_guard.restart(self.skipped_steps)
-        self._nf_restart_scale()
-        self._nf_reports.clear()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
+
+    def _nf_renumber(self) -> None:
+        """Numbers versions and micro-batches from ``global_steps`` on a drained pipeline."""
+        self._nf_runner.ring.restart(self.global_steps)
+        self._nf_runner.restart(self.global_steps * self.micro_batches)
+        self._nf_restart_scale()
+        self._nf_reports.clear()
 
     def zero_optimization(self) -> bool:
         """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
@@ -403,14 +411,19 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         return bool(super().zero_optimization()) or self._nf_loads_shards
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Refused: the number of weight versions and the order of messages follow from K.
+        """Takes the size it has, which Megatron-DeepSpeed states before every call; another is refused.
+
+        The number of weight versions and the order of messages follow from K.
 
         Raises:
-            RuntimeError: always, with what to do instead.
+            RuntimeError: a size that would change K, with what to do instead.
         """
+        if train_batch_size == self.train_batch_size():
+            return
         raise RuntimeError(
-            f"set_train_batch_size({train_batch_size}): the update interval cannot change while noflush runs; save a "
-            "checkpoint, set gradient_accumulation_steps in the config and load it again"
+            f"set_train_batch_size({train_batch_size}) in a run with train_batch_size {self.train_batch_size()}: the "
+            "update interval cannot change while noflush runs; save a checkpoint, set gradient_accumulation_steps in "
+            "the config and load it again"
         )
 
     def _nf_scales_dynamically(self) -> bool:
