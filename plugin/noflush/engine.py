@@ -178,7 +178,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
         self.module.train()
-        self._nf_runner.drain()
+        with self._nf_recorder.outside_calls():
+            self._nf_runner.drain()
         self.module.train(was_training)
         if self.fp16_enabled():
             self._nf_agree_on_scale()

@@ -12,7 +12,8 @@ import os
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,13 @@ class Recorder:
         """Records one whole `train_batch` call, against whose time the bubble is measured."""
         self._calls.append((start_ns, end_ns))
         self._spent_ns += end_ns - start_ns
+
+    @contextmanager
+    def outside_calls(self) -> Iterator[None]:
+        """What is recorded within is no call's, as a drain is not: kept as events, left out of the interval's sums."""
+        busy, times = list(self._busy_ns), list(self._times)
+        yield
+        self._busy_ns, self._times = busy, times
 
     def take_interval(self) -> dict[str, float]:
         """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""
