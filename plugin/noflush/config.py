@@ -140,6 +140,11 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "to deepspeed.initialize"
         )
     named = _at(ds_config, "optimizer", "type")
+    if facts.client_optimizer and named in OUR_OPTIMIZERS:
+        faults.append(
+            f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
+            "which DeepSpeed then uses: take one of the two out"
+        )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
     if config and config.kernel in ("triton", "compile") and not ours:
