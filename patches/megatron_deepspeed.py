@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from noflush.config import OUR_OPTIMIZERS, RunFacts
+from noflush.config import OUR_OPTIMIZERS, RunFacts, parse_block
 
 logger = logging.getLogger("noflush")
 TESTED = "4efb479d"
@@ -71,16 +71,32 @@ def facts(facts: RunFacts, args: Any, ds_config: Mapping[str, Any]) -> RunFacts:
             f"--num-experts {' '.join(map(str, args.num_experts))}: experts have replicas of their own, over which "
             "noflush does not reduce gradients; leave it out"
         )
-    section = ds_config.get("optimizer") or {}
-    if section.get("type") in OUR_OPTIMIZERS:
+    block = parse_block(ds_config)
+    late = block is not None and block.schedule == "1f1b_no_flush"
+    if late and getattr(args, "log_optimizer_states_to_tensorboard", False) and not _asks_for_ours(ds_config):
+        faults.append(
+            "--log-optimizer-states-to-tensorboard: Megatron reads the moments after the first call, when the first "
+            f"stages have made no update yet; leave it out, or choose one of {', '.join(OUR_OPTIMIZERS)} in the "
+            "config, whose moments are there from the start"
+        )
+    if _asks_for_ours(ds_config):
         for key in ("lr", "weight_decay"):
-            value, flag = (section.get("params") or {}).get(key), getattr(args, key)
+            value, flag = (ds_config["optimizer"].get("params") or {}).get(key), getattr(args, key)
             if value is not None and value != flag:
                 faults.append(
                     f"optimizer.params.{key} is {value}, but --{key.replace('_', '-')} {flag} is what Megatron's "
                     "schedule sets at every update: leave the key out, or make them equal"
                 )
-    return replace(facts, untie="pass --untie-embeddings-and-output-weights", faults=tuple(faults))
+    return replace(
+        facts,
+        client_optimizer=facts.client_optimizer and not _asks_for_ours(ds_config),
+        untie="pass --untie-embeddings-and-output-weights",
+        faults=tuple(faults),
+    )
+
+
+def _asks_for_ours(ds_config: Mapping[str, Any]) -> bool:
+    return (ds_config.get("optimizer") or {}).get("type") in OUR_OPTIMIZERS
 
 
 def with_our_optimizer(kwargs: dict[str, Any], args: Any, ds_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,14 +105,16 @@ def with_our_optimizer(kwargs: dict[str, Any], args: Any, ds_config: Mapping[str
     It takes Megatron's parameter groups over (with and without weight decay), and Megatron's schedule goes on to set
     their learning rate and weight decay; all else is the config's. Megatron's optimizer has made no update yet.
     """
-    section, theirs = ds_config.get("optimizer") or {}, kwargs.get("optimizer")
-    if theirs is None or section.get("type") not in OUR_OPTIMIZERS:
+    theirs = kwargs.get("optimizer")
+    if theirs is None or not _asks_for_ours(ds_config):
         return kwargs
     from noflush.optim import RULES
 
+    section = ds_config["optimizer"]
     params = {k: v for k, v in (section.get("params") or {}).items() if k not in ("lr", "weight_decay")}
     groups = [{k: v for k, v in group.items() if k in _GROUP_KEYS} for group in theirs.param_groups]
-    ours = RULES[section["type"]](groups, lr=args.lr, weight_decay=args.weight_decay, **params)
+    rule: Any = RULES[section["type"]]
+    ours = rule(groups, lr=args.lr, weight_decay=args.weight_decay, **params)
     schedule = kwargs.get("lr_scheduler")
     if schedule is not None:
         if getattr(schedule, "optimizer", None) is not theirs:
