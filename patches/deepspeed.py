@@ -153,10 +153,17 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     if check_config(ds_config) is None:
         return original(*args, **kwargs)
     from noflush.engine import NoFlushEngine
+    from noflush.patches import megatron_deepspeed as megatron
 
     model = kwargs["model"]
-    config, schedule = check_run(ds_config, facts_of(model, host_config, kwargs.get("optimizer")))
-    return NoFlushEngine(config, schedule, *args, **kwargs)
+    flags = megatron.arguments_of(model)
+    facts = facts_of(model, host_config, kwargs.get("optimizer"))
+    if flags is None:
+        return NoFlushEngine(*check_run(ds_config, facts), *args, **kwargs)
+    checked = check_run(ds_config, megatron.facts(facts, flags, ds_config))
+    engine = NoFlushEngine(*checked, *args, **megatron.with_our_optimizer(kwargs, flags, ds_config))
+    megatron.follow_updates(engine, flags)
+    return engine
 
 
 def _refuse_block(original: type, *args: Any, **kwargs: Any) -> Any:

@@ -194,6 +194,7 @@ def _check(of: Found, ds: dict[str, Any], ranks: Ranks, tied: bool) -> None:
                 zero_stage=int(zero.get("stage") or 0) if isinstance(zero, Mapping) else 0,
                 tied_keys=("embedding",) if tied and ranks.pipeline > 1 else (),
                 deepspeed_version=deepspeed.__version__,
+                untie="pass --untie-embeddings-and-output-weights",
             )
             check_run(ds, facts)
     except ConfigError as error:

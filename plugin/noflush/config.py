@@ -81,6 +81,8 @@ class RunFacts:
         deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
         client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
         zero_stage: ZeRO stage as the host resolved it.
+        untie: how tied layers are untied in this host.
+        faults: what the host's own flags ask for and cannot have.
     """
 
     stages: int
@@ -91,6 +93,8 @@ class RunFacts:
     deepspeed_version: str = "0.19.8"
     client_optimizer: bool = False
     zero_stage: int = 0
+    untie: str = "untie them (LayerSpec in place of TiedLayerSpec)"
+    faults: tuple[str, ...] = ()
 
 
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
@@ -134,6 +138,11 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "to deepspeed.initialize"
         )
     named = _at(ds_config, "optimizer", "type")
+    if facts.client_optimizer and named in OUR_OPTIMIZERS:
+        faults.append(
+            f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
+            "which DeepSpeed then uses: take one of the two out"
+        )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
     if config and config.kernel in ("triton", "compile") and not ours:
@@ -144,8 +153,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     if facts.tied_keys and config and config.schedule == "1f1b_no_flush":
         faults.append(
             f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
-            "different times; untie them (LayerSpec in place of TiedLayerSpec; for Megatron "
-            "--untie-embeddings-and-output-weights), or set the schedule to '1f1b_flush'"
+            f"different times; {facts.untie}, or set the schedule to '1f1b_flush'"
         )
     schedule = None
     if not faults and config is not None:
@@ -325,7 +333,7 @@ def _bf16(ds: Mapping[str, Any]) -> bool:
 
 
 def _faults_of_facts(facts: RunFacts) -> list[str]:
-    faults = []
+    faults = list(facts.faults)
     version = tuple(int(part) for part in facts.deepspeed_version.split("+")[0].split(".")[:3] if part.isdigit())
     if version < OLDEST_DEEPSPEED:
         faults.append(

@@ -179,6 +179,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         start = time.perf_counter_ns()
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        runner = self._nf_runner
+        if not runner.calls and runner.first_micro_batch != self.global_steps * self.micro_batches:
+            # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
+            self._nf_renumber()
         self._nf_open_call()
         self.module.train()
         self._compute_loss = True
@@ -219,7 +223,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
         self.module.train()
-        self._nf_runner.drain()
+        with self._nf_recorder.outside_calls():
+            self._nf_runner.drain()
         self.module.train(was_training)
         if self.fp16_enabled():
             self._nf_agree_on_scale()
@@ -444,14 +449,18 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             rule.state.update(kept)
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
-        self._nf_runner.ring.restart(self.global_steps)
-        self._nf_runner.restart(self.global_steps * self.micro_batches)
+        self._nf_renumber()
         self._nf_intake.clear()
         self._nf_guard.restart(self.skipped_steps)
-        self._nf_restart_scale()
-        self._nf_reports.clear()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
+
+    def _nf_renumber(self) -> None:
+        """Numbers versions and micro-batches from ``global_steps`` on a drained pipeline."""
+        self._nf_runner.ring.restart(self.global_steps)
+        self._nf_runner.restart(self.global_steps * self.micro_batches)
+        self._nf_restart_scale()
+        self._nf_reports.clear()
 
     def zero_optimization(self) -> bool:
         """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
@@ -461,15 +470,36 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         return bool(super().zero_optimization()) or self._nf_loads_shards
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Refused: the number of weight versions and the order of messages follow from K.
+        """As DeepSpeed's: changes K = gradient_accumulation_steps, on all ranks at the same call.
+
+        Another K has other delays and weight versions, so the pipeline drains; it fills anew with the next call. The
+        size it has costs nothing (Megatron-DeepSpeed states it before every call).
 
         Raises:
-            RuntimeError: always, with what to do instead.
+            ValueError: no multiple of micro-batch size x replicas, or a K that the weight policy cannot have.
         """
-        raise RuntimeError(
-            f"set_train_batch_size({train_batch_size}): the update interval cannot change while noflush runs; save a "
-            "checkpoint, set gradient_accumulation_steps in the config and load it again"
-        )
+        if train_batch_size == self.train_batch_size():
+            return
+        unit = self.train_micro_batch_size_per_gpu() * self.dp_world_size
+        gas, rest = divmod(train_batch_size, unit)
+        if rest or gas < 1:
+            raise ValueError(
+                f"set_train_batch_size({train_batch_size}): it must be a multiple of {unit}, the micro-batch size x "
+                "data-parallel replicas"
+            )
+        schedule = replace(self._nf_schedule, gas=gas)
+        prove(schedule)
+        self.drain()
+        super().set_train_batch_size(train_batch_size)
+        self._nf_schedule = self._nf_runner.schedule = schedule
+        self._nf_samples_per_call = train_batch_size
+        self._nf_runner.ring.grow(schedule.versions_alive(self.stage_id))
+        self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
+        self._nf_intake.set_gas(gas)
+        self._nf_guard.follow(schedule)
+        if isinstance(self._nf_weights.rule, DelayAwareOptimizer):
+            self._nf_weights.rule.set_stage(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
+        self._nf_renumber()
 
     def _nf_scales_dynamically(self) -> bool:
         return bool(self.fp16_enabled() and self.optimizer.dynamic_loss_scale)

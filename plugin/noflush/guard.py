@@ -44,13 +44,19 @@ class UpdateGuard:
         self._in_a_row = [0]
         self.stop_requested = False
         self.saved_to: str | None = None
-        # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
-        self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
         self._stage = stage
-        # A loss scale on its way down: each halving costs the first stages the batches that were in flight with it.
-        self._limit = block.max_skipped_updates + (_HALVINGS * self.horizon if scaled else 0)
+        self._allowed = block.max_skipped_updates
+        self._scaled = scaled
+        self.follow(schedule)
         self._stop_dir = block.stop_dir
         self._layout = layout
+
+    def follow(self, schedule: Schedule) -> None:
+        """Judges by ``schedule`` from now on; nothing may be in flight."""
+        # A batch's update at stage 0 comes so many calls after its loss, is read a call later and sent with the next.
+        self.horizon = -(-schedule.lag(0) // schedule.gas) + 4
+        # A loss scale on its way down: each halving costs the first stages the batches that were in flight with it.
+        self._limit = self._allowed + (_HALVINGS * self.horizon if self._scaled else 0)
 
     def hear(self, call: int, batch: int, report: Tensor) -> None:
         """Takes ``batch``'s report, which came in during ``call``; by it the first stage judges the others."""

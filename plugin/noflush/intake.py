@@ -89,6 +89,10 @@ class Intake:
         """The next micro-batch of the call under way."""
         return self._pending.popleft()
 
+    def set_gas(self, gas: int) -> None:
+        """From the next call on a call has ``gas`` micro-batches."""
+        self._gas = gas
+
     def clear(self) -> None:
         """Forgets micro-batches that were kept after `DataExhausted`."""
         self._pending.clear()

@@ -12,7 +12,8 @@ import os
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ class Recorder:
         """Nanoseconds of compute, and nanoseconds in `train_batch`, since the run began."""
         busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
         return self._taken_ns[0] + busy, self._taken_ns[1] + self._spent_ns
+
+    @contextmanager
+    def outside_calls(self) -> Iterator[None]:
+        """What is recorded within is no call's, as a drain is not: kept as events, left out of the interval's sums."""
+        busy, times = list(self._busy_ns), list(self._times)
+        yield
+        self._busy_ns, self._times = busy, times
 
     def take_interval(self) -> dict[str, float]:
         """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""

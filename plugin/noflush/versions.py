@@ -142,6 +142,11 @@ class WeightRing:
         """How many versions can live at once."""
         return len(self._slots)
 
+    def grow(self, slots: int) -> None:
+        """Makes room for ``slots`` versions at once; never less than there was."""
+        while len(self._slots) < slots:
+            self._slots.append(self._make_slot(None))
+
     @property
     def device(self) -> torch.device:
         """Where the stage's weights live (cpu for a stage without any)."""

@@ -1,4 +1,4 @@
-"""Megatron runs in little, for the tests: settings out of an argument list, made-up samples, and the simulator's twin."""
+"""Megatron runs in little, for the tests: settings of an argument list, made-up samples, the simulator's twin."""
 
 from __future__ import annotations
 

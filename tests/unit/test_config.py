@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from noflush.config import AsyncPipelineConfig, ConfigError, RunFacts, check_config, check_run, parse_block
+from noflush.config import (
+    OUR_OPTIMIZERS,
+    AsyncPipelineConfig,
+    ConfigError,
+    RunFacts,
+    check_config,
+    check_run,
+    parse_block,
+)
 
 GOOD = {
     "train_micro_batch_size_per_gpu": 8,
@@ -54,6 +62,12 @@ def test_offloading_to_no_device_is_no_offloading():
 def test_a_clients_optimizer_is_not_judged_by_the_section_it_replaces():
     named = with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}
     assert check_run(named, RunFacts(stages=2, layers=4, client_optimizer=True))
+
+
+def test_one_of_ours_in_the_config_is_not_dropped_silently_for_a_clients():
+    for name in OUR_OPTIMIZERS:
+        with pytest.raises(ConfigError, match=f"type is '{name}', but the script passes an optimizer of its own"):
+            check_run(with_block() | {"optimizer": {"type": name}}, RunFacts(stages=2, layers=4, client_optimizer=True))
 
 
 def test_fp16_and_fp32_accumulation_need_zero_1():
