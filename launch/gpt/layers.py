@@ -151,7 +151,10 @@ class NextTokenLoss:
         self._low_precision = low_precision
 
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
-        """0-dim float32 loss of ``logits`` [s, b, v] for ``labels`` (token ids [b, s], float mask [b, s])."""
+        """0-dim float32 loss of ``logits`` [s, b, v] for ``labels`` (token ids [b, s], float mask [b, s]).
+
+        megatron-core's cross-entropy overwrites float32 logits.
+        """
         targets, mask = labels
         if not self._low_precision:
             logits = logits.float()

@@ -34,6 +34,7 @@ def join(ranks: Ranks) -> None:
         ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
     )
     megatron_core.patch()
+    checkpointing.configure(mpu_=parallel_state)
 
 
 def leave() -> None:
@@ -45,7 +46,6 @@ def leave() -> None:
 def build_engine(settings: Settings) -> Any:
     """DeepSpeed's engine of the run on this rank: noflush's, unless its block is off."""
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    checkpointing.configure(mpu_=parallel_state)
     seed_everything(settings.steps.seed, stage)
     module = build_pipeline(settings)
     engine, *_ = deepspeed.initialize(

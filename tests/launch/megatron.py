@@ -44,7 +44,7 @@ def micro_batch(tokens, labels):
     return (tokens, positions), (labels, torch.ones(labels.shape))
 
 
-def train(rank, run, calls, restart_at=None):
+def train(rank, run, calls):
     """Trains ``calls`` calls; this rank's micro-batch losses (last stage), weights and figures."""
     from noflush.launch.training.start import build_engine, join
 

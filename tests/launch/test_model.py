@@ -9,7 +9,7 @@ import torch
 
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.understand import understand
-from tests.launch.megatron import LLAMA, SMALL, micro_batch, samples, settings, simulate, train
+from tests.launch.megatron import LLAMA, SMALL, VOCABULARY, micro_batch, samples, settings, simulate, train
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -60,12 +60,12 @@ def _parity(rank, run):
     for parameter in layers[-2].parameters():
         torch.nn.init.normal_(parameter, 1.0, 0.1)
     embedding, *blocks, norm, head = layers
-    ours = {f"embedding.{k}": v for k, v in embedding.embedding.state_dict().items()}
+    state = {f"embedding.{k}": v for k, v in embedding.embedding.state_dict().items()}
     for number, block in enumerate(blocks):
-        ours |= {f"decoder.layers.{number}.{k}": v for k, v in block.layer.state_dict().items()}
-    ours |= {f"decoder.final_layernorm.{k}": v for k, v in norm.norm.state_dict().items()}
-    ours |= {f"output_layer.{k}": v for k, v in head.output_layer.state_dict().items()}
-    whole.load_state_dict(ours, strict=True)
+        state |= {f"decoder.layers.{number}.{k}": v for k, v in block.layer.state_dict().items()}
+    state |= {f"decoder.final_layernorm.{k}": v for k, v in norm.norm.state_dict().items()}
+    state |= {f"output_layer.{k}": v for k, v in head.output_layer.state_dict().items()}
+    whole.load_state_dict(state, strict=True)
     tokens, labels = samples(3)
     (tokens, positions), targets = micro_batch(tokens, labels)
     hidden = (tokens, positions)
@@ -75,7 +75,8 @@ def _parity(rank, run):
     mask = torch.triu(torch.ones(1, 1, 16, 16, dtype=torch.bool), 1)
     theirs = whole(tokens, positions, mask)
     loss = whole(tokens, positions, mask, labels=labels).mean()
-    return hidden.transpose(0, 1).detach(), theirs.detach(), NextTokenLoss()(hidden, targets).item(), loss.item()
+    ours = hidden.transpose(0, 1).detach().clone()  # the loss overwrites the logits
+    return ours, theirs.detach(), NextTokenLoss()(hidden, targets).item(), loss.item()
 
 
 @pytest.mark.parametrize(
@@ -104,11 +105,8 @@ def test_tensor_parallel_matches_one_slice(arguments, tmp_path):
     (reference,) = _losses(expected)
     first, second = _losses(got)
     assert first == second
-    if arguments.startswith(LLAMA):  # slices draw gate and up projections in another order: another model, as good
-        assert first[-1] < first[0]
-    else:
-        assert first == pytest.approx(reference, abs=2e-6)
-        assert got[0]["norm"].item() == pytest.approx(expected[0]["norm"].item(), rel=1e-4)
+    assert first == pytest.approx(reference, abs=2e-6)
+    assert got[0]["norm"].item() == pytest.approx(expected[0]["norm"].item(), rel=1e-4)
 
 
 def test_data_parallel_matches_one_replica(tmp_path):
@@ -146,9 +144,11 @@ def test_tied_embeddings_under_the_flush_are_those_of_one_stage(tmp_path):
     (one,) = _losses(run_ranks(train, 1, run=run(1), calls=8))
     results = run_ranks(train, 2, run=run(2), calls=8)
     assert _losses(results) == [pytest.approx(one, abs=2e-6)]
-    assert torch.equal(results[0]["weights"][0], results[1]["weights"][-2]), "the copies drifted apart"
+    first, last = ([w for w in result["weights"] if w.shape == (VOCABULARY, 32)] for result in results)
+    assert len(first) == len(last) == 1
+    assert torch.equal(first[0], last[0]), "the copies drifted apart"
     arguments = [*SMALL.replace("--untie-embeddings-and-output-weights", "").split(), *stages_of(2)]
-    with pytest.raises(ArgumentsError, match="tied layers .* --untie-embeddings-and-output-weights"):
+    with pytest.raises(ArgumentsError, match=r"tied layers .* --untie-embeddings-and-output-weights"):
         understand(arguments, 2)
 
 

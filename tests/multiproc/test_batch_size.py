@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
 import tests.multiproc.training as t
 from noflush.schedule import Schedule
@@ -48,7 +49,8 @@ def ramp(rank, stages, optimizer):
 def test_another_batch_size_drains_and_goes_on(optimizer):
     from noflush.simulate import DelaySimulator
 
-    stages = 3
+    torch.set_num_threads(1)
+    stages = 4
     results = run_ranks(ramp, stages, stages=stages, optimizer=optimizer)
     parts = t.split_by_blocks(t.layers(), stages)
     # Built with room for the most versions; every K is then a schedule of its own.
