@@ -1,9 +1,10 @@
-"""The demo: trains one GPT twice through DeepSpeed's launcher, with the flush and without, and compares.
+"""The demo: trains one Megatron GPT twice with launch/pretrain_gpt.py, with the flush and without, and compares.
 
     python examples/compare.py [--text FILE] [--out runs/demo]
 
-Both runs have the same model, data, batch size, optimizer and tokens; each has the learning rate that was best
-for it (tests/bench/results/demo_lr.jsonl). Writes summary.json, loss.png and timeline.png.
+The text is tokenized into Megatron's .bin/.idx first; its bytes are the tokens, so that a small model learns something
+in a minute. Both runs have the same model, data, batch size, optimizer and tokens; each has the learning rate that was
+best for it (tests/bench/results/demo_lr.jsonl). Writes summary.json, loss.png and timeline.png.
 """
 
 import argparse
@@ -20,8 +21,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tokenizers.pre_tokenizers import ByteLevel
 
 from noflush import trace
+from noflush.demo.text import documents
 from noflush.schedule import Op, Schedule
 from noflush.timeline import draw_timeline
 from noflush.timing import Cost, play
@@ -31,57 +34,85 @@ STAGES = 4
 LEARNING_RATES = {"flush": 2e-3, "no_flush": 7e-4}
 SCHEDULES = {"flush": "1f1b_flush", "no_flush": "1f1b_no_flush"}
 TITLES = {"flush": "with the flush", "no_flush": "no flush"}
+ONE_CORE_A_STAGE = os.environ | {"OMP_NUM_THREADS": "1"}
 console = Console(highlight=False)
 
 
-def train(name, args, out):
+def prepare(text, out):
+    """The text as .bin/.idx in ``out``, a vocabulary of the 256 bytes beside it; arguments that name both."""
+    out.mkdir(parents=True, exist_ok=True)
+    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    (out / "vocab.json").write_text(json.dumps(letters | {"<|endoftext|>": len(letters)}))
+    (out / "merges.txt").write_text("#version: 0.2\n")
+    with open(out / "corpus.jsonl", "w") as lines:
+        lines.writelines(json.dumps({"text": document}) + "\n" for document in documents(text))
+    tokenizer = ["--tokenizer-type", "GPT2BPETokenizer"]
+    tokenizer += ["--vocab-file", str(out / "vocab.json"), "--merge-file", str(out / "merges.txt")]
+    command = [sys.executable, "-m", "noflush.launch.preprocess_data", "--input", str(out / "corpus.jsonl")]
+    command += ["--output-prefix", str(out / "corpus"), "--append-eod", *tokenizer]
+    with console.status("tokenizing ..."):
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"tokenizing failed: {done.stderr.strip().splitlines()[-1]}")
+    console.print(done.stdout.strip())
+    return ["--data-path", str(out / "corpus_text_document"), *tokenizer]
+
+
+def train(name, data, args, out):
     """One run in its own processes; returns its loss curve and its trace."""
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
     config = json.loads((HERE / "ds_config.json").read_text())
-    config["optimizer"]["params"]["lr"] = args.lr or LEARNING_RATES[name]
-    config["scheduler"]["params"] |= {"total_num_steps": args.steps, "warmup_num_steps": max(1, args.steps // 20)}
     config["async_pipeline"] |= {"schedule": SCHEDULES[name], "trace_dir": str(out / name / "trace")}
     (out / name / "ds_config.json").write_text(json.dumps(config, indent=2))
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "deepspeed.launcher.runner",
-            "--num_gpus",
-            str(STAGES),
-            "--master_port",
-            str(args.port),
-        ),
-        *("--module", "noflush.run", str(HERE / "train_gpt.py"), "--stages", str(STAGES), "--steps", str(args.steps)),
-        *("--deepspeed_config", str(out / name / "ds_config.json"), "--out", str(out / name / "curve.json")),
-        *("--eval-every", str(max(1, args.steps // 10)), "--seed", str(args.seed)),
-        *(["--text", args.text] if args.text else []),
-    ]
-    follow(command, out / name / "log.txt", TITLES[name], args.steps)
-    return json.loads((out / name / "curve.json").read_text()), trace.read(out / name / "trace")
+    lr = args.lr or LEARNING_RATES[name]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(STAGES)]
+    command += ["--master_port", str(args.port), "--module", "noflush.launch.pretrain_gpt"]
+    command += [f"@{HERE / 'gpt_demo.args'}", *data, "--data-cache-path", str(out / "cache")]
+    command += ["--train-iters", str(args.steps), "--lr", str(lr), "--min-lr", str(lr / 10), "--seed", str(args.seed)]
+    command += ["--eval-interval", str(max(1, args.steps // 10)), "--save", str(out / name)]
+    command += ["--deepspeed", "--deepspeed_config", str(out / name / "ds_config.json")]
+    curve = follow(command, out / name / "log.txt", TITLES[name], args.steps)
+    return curve, trace.read(out / name / "trace")
+
+
+_ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: (\S+)")
+_VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
 
 
 def follow(command, log, title, steps):
-    """Runs the command with its output in ``log`` and its progress on the screen; stops here if it fails."""
+    """Runs the command with its output in ``log`` and its progress on the screen; stops here if it fails.
+
+    Returns the validation losses, each with the training time and the tokens until then.
+    """
     columns = (
         TextColumn("{task.description:>15}"),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
+    curve, last, seconds, tokens = [], 0, 0.0, 8 * 128
     with open(log, "w") as file, Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, note="starting 4 processes ...")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, text=True, env=ONE_CORE_A_STAGE)
         for line in process.stdout:
             file.write(line)
-            found = re.search(r"step (\d+)/\d+ (.*)", line)
-            if found:
-                progress.update(task, completed=int(found[1]), note=found[2])
+            if found := _ITERATION.search(line):
+                step = int(found[1])
+                seconds += (step - last) * float(found[2]) / 1e3
+                last = step
+                note = f" validation {curve[-1]['val_loss']:.3f}" if curve else ""
+                progress.update(task, completed=step, note=f"train {float(found[3]):.3f}{note} nats")
+            elif found := _VALIDATION.search(line):
+                step = int(found[1])
+                point = {"step": step, "tokens": step * tokens, "seconds": seconds, "val_loss": float(found[2])}
+                curve.append(point)
         code = process.wait()
     if code:
         console.print("".join(Path(log).read_text().splitlines(keepends=True)[-30:]))
         sys.exit(f"training {title} failed with exit status {code}; its whole log: {log}")
+    return curve
 
 
 def at_time(curve, seconds):
@@ -206,8 +237,9 @@ def main():
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     curves, traces = {}, {}
+    data = prepare(args.text, out / "data")
     for name in ("flush", "no_flush"):
-        curves[name], traces[name] = train(name, args, out)
+        curves[name], traces[name] = train(name, data, args, out)
     summary = summarise(curves, traces)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     draw_loss(curves, out / "loss.png")

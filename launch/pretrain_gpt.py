@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Early: signals may come in the seconds that the imports below take.
-from noflush.launch.arguments.parser import ArgumentsError
+from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.ranks import Rendezvous, export, rendezvous
+from noflush.launch.signals import Signals, listen
 
 _FOR_RANK_0 = 20.0
 STOPPED = "stopped"
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"noflush: {error}", file=sys.stderr)  # noqa: T201
         return 2
     try:
+        signals = listen(expand(argv))
         settings, without_meaning = settings_of(argv, found.world_size)
     except ArgumentsError as error:
         if found.rank == 0:
@@ -81,10 +82,11 @@ def main(argv: list[str] | None = None) -> int:
             print_dry_run(settings, lines)
         return 0
     export(found, os.environ)
-    return _train(settings, found, lines, count)
+    print(found, flush=True)  # noqa: T201
+    return _train(settings, found, lines, count, signals)
 
 
-def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int) -> int:
+def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
     from noflush.launch.data.datasets import build_datasets
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training import checkpoints
@@ -99,13 +101,15 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         if found.rank == 0:
             for line in lines:
                 say(line)
+        if found.rank == 0 and settings.checkpoints.save:
+            (Path(settings.checkpoints.save) / STOPPED).unlink(missing_ok=True)
         engine = build_engine(settings)
         position = checkpoints.load(engine, settings.checkpoints)
         if found.rank == 0 and position is not None:
             say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
         reads = engine.is_first_stage() or engine.is_last_stage()
         datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
-        training = Training(settings, engine, datasets, position or Position(), count)
+        training = Training(settings, engine, datasets, position or Position(), count, signals)
         reason = training.run()
         if found.rank == 0:
             _say_why(settings, training.position.iteration, reason)
@@ -132,12 +136,8 @@ def _say_why(settings: Settings, iteration: int, reason: str | None) -> None:
         print(f"finished at iteration {iteration}", flush=True)  # noqa: T201
     else:
         print(f"stopped at iteration {iteration}: {reason}", flush=True)  # noqa: T201
-    if folder:
-        marker = Path(folder) / STOPPED
-        if reason is None:
-            marker.unlink(missing_ok=True)
-        else:
-            marker.write_text(f"iteration {iteration} of {settings.steps.iterations}: {reason}\n")
+    if folder and reason is not None:
+        (Path(folder) / STOPPED).write_text(f"iteration {iteration} of {settings.steps.iterations}, {reason}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import argparse
 import difflib
 import json
 import shlex
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -167,10 +166,3 @@ def _as_written(strings: list[str], argv: list[str]) -> str | None:
 def _harmless(value: Any, default: Any) -> bool:
     """Whether a refused option was given at a value that changes nothing."""
     return value == default or (value in (1, [1], "[1]") and default in (None, 1, [1]))
-
-
-def signal_number(name: str) -> signal.Signals | None:
-    """``SIGTERM``, ``TERM`` or ``15``; None if there is no such signal."""
-    if name.isdigit():
-        return next((s for s in signal.Signals if s.value == int(name)), None)
-    return getattr(signal.Signals, name if name.startswith("SIG") else f"SIG{name}", None)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from noflush.launch.arguments.deepspeed_config import complete, read_config
-from noflush.launch.arguments.parser import ArgumentsError, Given, read, signal_number
+from noflush.launch.arguments.parser import ArgumentsError, Given, read
 from noflush.launch.arguments.settings import (
     Batch,
     Checkpoints,
@@ -23,6 +23,7 @@ from noflush.launch.arguments.settings import (
     Steps,
     Tokens,
 )
+from noflush.launch.signals import exit_signals
 
 
 class _Reader:
@@ -282,12 +283,10 @@ def _steps(of: _Reader, batch: Batch, model: Model) -> tuple[Steps, Optimizer]:
     recompute, recompute_layers = _recompute(of)
     signals: tuple[int, ...] = ()
     if of.exit_signal_handler:
-        number = signal_number(of.exit_signal)
-        if number is None:
-            of.faults.append(f"--exit-signal {of.exit_signal}: there is no such signal; use SIGTERM, SIGUSR1, ...")
-        else:
-            # SLURM warns of a time limit by whichever signal --signal names, most often USR1.
-            signals = tuple(sorted({int(number), int(signal_number("SIGUSR1") or number)}))
+        try:
+            signals = exit_signals(of.exit_signal)
+        except ValueError as error:
+            of.faults.append(str(error))
     for name in ("log_interval", "eval_iters", "save_interval", "exit_interval", "eval_interval"):
         value = of.values[name]
         if value is not None and value < (0 if name == "eval_iters" else 1):

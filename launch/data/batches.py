@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from noflush.launch.data.order import SampleOrder
+from noflush.launch.signals import leave_to_parent
 
 MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]
 
@@ -22,6 +23,10 @@ def as_micro_batch(sample: dict[str, Tensor]) -> MicroBatch:
     return tuple(inputs), (sample["labels"], sample["loss_mask"])
 
 
+def _start_worker(number: int) -> None:
+    leave_to_parent()
+
+
 def micro_batches(dataset: Any, order: SampleOrder, workers: int) -> Iterator[MicroBatch]:
     """Micro-batches of ``dataset`` in ``order``, read ahead by ``workers`` processes."""
     loader = DataLoader(
@@ -30,5 +35,8 @@ def micro_batches(dataset: Any, order: SampleOrder, workers: int) -> Iterator[Mi
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        # Its own: drawing a loader's seed must not move the run's random numbers.
+        generator=torch.Generator(),
     )
     return map(as_micro_batch, loader)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
 from noflush.launch.data.order import SampleOrder
+from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
 from noflush.launch.training.progress import (
     Interval,
@@ -42,10 +43,17 @@ class Training:
         datasets: training, validation and test; None on stages that read no data.
         position: where to go on.
         parameters: of the whole model.
+        signals: that tell it to stop.
     """
 
     def __init__(
-        self, settings: Settings, engine: Any, datasets: Sequence[Any], position: Position, parameters: int
+        self,
+        settings: Settings,
+        engine: Any,
+        datasets: Sequence[Any],
+        position: Position,
+        parameters: int,
+        signals: Signals,
     ) -> None:
         self.settings = settings
         self.engine = engine
@@ -54,7 +62,7 @@ class Training:
         self._parameters = parameters
         self._logs = dist.get_rank() == dist.get_world_size() - 1  # of the last stage, as Megatron's
         self._writers = Writers(settings) if self._logs else None
-        self._stop = Stop(settings.steps, engine)
+        self._stop = Stop(settings.steps, signals, engine)
         self._losses: list[torch.Tensor] = []
         self._figures: Sequence[Any] = ()
         self._skipped = 0

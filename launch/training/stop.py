@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from noflush.launch.arguments.settings import Steps
+from noflush.launch.signals import Signals
 
 
 class Stop:
@@ -18,19 +17,16 @@ class Stop:
 
     Args:
         steps: ``exit_signals``, ``exit_after_minutes`` and ``exit_every``.
+        signals: what is listened to.
         engine: tells all ranks at the same call, if it is noflush's; with another, ranks ask each other.
     """
 
-    def __init__(self, steps: Steps, engine: Any) -> None:
+    def __init__(self, steps: Steps, signals: Signals, engine: Any) -> None:
         self._steps = steps
         self._engine = engine
         self._start = time.monotonic()
         self._asked: str | None = None
-        for number in steps.exit_signals:
-            signal.signal(number, self._hear)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._ask(f"signal {signal.Signals(number).name}")
+        signals.then(lambda: self._ask(str(signals.first)))
 
     def _ask(self, reason: str) -> None:
         self._asked = self._asked or reason

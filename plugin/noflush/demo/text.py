@@ -22,24 +22,34 @@ def standard_library() -> bytes:
     return b"\n".join(f.read_bytes() for f in files)
 
 
+def documents(path: str | None = None) -> list[str]:
+    """The text of `corpus` in parts of 64 KiB.
+
+    Raises ValueError as `corpus` does.
+    """
+    raw = standard_library() if path is None else _read(path)
+    return [raw[at : at + _BLOCK].decode(errors="replace") for at in range(0, len(raw), _BLOCK)]
+
+
 def corpus(path: str | None = None) -> tuple[Tensor, Tensor]:
     """Training and validation text, each a 1-dim uint8 tensor of bytes; validation is every tenth 64 KiB block.
 
     Raises ValueError if the file ``path`` cannot be read or is shorter than two blocks.
     """
-    if path is None:
-        raw = standard_library()
-    else:
-        try:
-            raw = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"--text {path}: {error.strerror}; give a readable text file") from error
+    raw = standard_library() if path is None else _read(path)
     if len(raw) < 2 * _BLOCK:
         raise ValueError(f"the text has {len(raw)} bytes: at least {2 * _BLOCK} are needed to hold some out")
     blocks = torch.split(torch.frombuffer(bytearray(raw), dtype=torch.uint8), _BLOCK)
     held = [b for i, b in enumerate(blocks) if i % _HELD_OUT == 1]
     rest = [b for i, b in enumerate(blocks) if i % _HELD_OUT != 1]
     return torch.cat(rest), torch.cat(held)
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--text {path}: {error.strerror}; give a readable text file") from error
 
 
 def batches(text: Tensor, batch: int, sequence: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
