@@ -203,7 +203,6 @@ class Logs:
     timers: bool
     memory: bool
     world_size: bool
-    batch_size: bool
     learning_rate: bool
     loss_scale: bool
     validation_perplexity: bool

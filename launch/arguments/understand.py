@@ -473,7 +473,6 @@ def _logs(of: _Reader) -> Logs:
         timers=of.log_timers_to_tensorboard,
         memory=of.log_memory_to_tensorboard,
         world_size=of.log_world_size_to_tensorboard,
-        batch_size=of.log_batch_size_to_tensorboard,
         learning_rate=of.log_learning_rate_to_tensorboard,
         loss_scale=of.log_loss_scale_to_tensorboard,
         validation_perplexity=of.log_validation_ppl_to_tensorboard,

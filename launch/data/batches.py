@@ -33,6 +33,8 @@ def micro_batches(dataset: Any, order: SampleOrder, workers: int) -> Iterator[Mi
         dataset,
         batch_sampler=order,
         num_workers=workers,
+        # Forked, whatever this Python's default: a tokenizer cannot be sent to a process that starts anew.
+        multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,

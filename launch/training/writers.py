@@ -58,7 +58,6 @@ def chosen(logs: Logs, values: Mapping[str, float | None], world: int) -> dict[s
     switches = {
         "learning-rate": logs.learning_rate,
         "loss-scale": logs.loss_scale,
-        "batch-size": logs.batch_size,
         "iteration-time": logs.timers,
         "throughput": logs.throughput,
     }
