@@ -94,7 +94,6 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
     from noflush.launch.training.progress import Position
     from noflush.launch.training.start import build_engine, join, leave
 
-    stage = found.rank // (settings.ranks.data * settings.ranks.tensor)
     training: Any = None
     try:
         join(settings.ranks)
@@ -115,19 +114,30 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
             _say_why(settings, training.position.iteration, reason)
         leave()
     except Exception:
-        # Not to wait for peers on the way out: a rank that ends at once lets them see it.
-        iteration = training.position.iteration if training else 0
         traceback.print_exc()
-        print(  # noqa: T201
-            f"noflush: stage {stage} (rank {found.rank} of {found.world_size}) ends after iteration {iteration}. "
-            f"Start again with --load {settings.checkpoints.save or settings.checkpoints.load} to go on from the "
-            "newest complete checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.stdout.flush()
+        _say_last_words(settings, found, training.position.iteration if training else 0)
+        # Not to wait for peers on the way out: what is left to do would only hang.
         os._exit(1)
     return 0
+
+
+def _say_last_words(settings: Settings, found: Rendezvous, iteration: int) -> None:
+    from noflush.launch.training.last_words import missing_ranks
+
+    each = settings.ranks.data * settings.ranks.tensor
+    lines = [
+        f"noflush: stage {rank // each} (rank {rank} of {found.world_size}) is gone: killed, or it hangs; look at its "
+        "log and its node first"
+        for rank in missing_ranks(found.rank, found.world_size)
+    ]
+    folder = settings.checkpoints.save or settings.checkpoints.load
+    advice = f"start again with --load {folder}" if folder else "give --save and --load to lose less next time"
+    lines.append(
+        f"noflush: stage {found.rank // each} (rank {found.rank} of {found.world_size}) ends after iteration "
+        f"{iteration}; to go on from the newest complete checkpoint {advice}"
+    )
+    print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201
+    sys.stdout.flush()
 
 
 def _say_why(settings: Settings, iteration: int, reason: str | None) -> None:

@@ -78,10 +78,11 @@ NO_MEANING = {
     "Megatron's own logging, profiling and supervision": """
         log_params_norm log_progress test_mode log_num_zeros_in_grad log_energy log_straggler log_memory_interval
         log_device_memory_used log_max_attention_logit log_optimizer_states_to_tensorboard
-        log_batch_size_to_tensorboard logging_level timing_log_* one_logger_* enable_one_logger app_tag_* profile profile_* record_memory_history memory_snapshot_path
-        use_pytorch_profiler straggler_* disable_straggler_on_startup calc_ft_timeouts enable_ft_package ft_*
-        inprocess_* enable_msc config_logger_dir error_injection_* rerun_mode result_rejected_tracker_filename
-        run_workload_inspector_server check_for_nan_in_loss_and_grad check_for_large_grads check_for_spiky_loss
+        log_batch_size_to_tensorboard logging_level timing_log_* one_logger_* enable_one_logger app_tag_* profile
+        profile_* record_memory_history memory_snapshot_path use_pytorch_profiler straggler_*
+        disable_straggler_on_startup calc_ft_timeouts enable_ft_package ft_* inprocess_* enable_msc config_logger_dir
+        error_injection_* rerun_mode result_rejected_tracker_filename run_workload_inspector_server
+        check_for_nan_in_loss_and_grad check_for_large_grads check_for_spiky_loss
         check_weight_hash_across_dp_replicas_interval adlr_autoresume adlr_autoresume_interval kill_switch_file
         exit_signal_handler_for_dataloader fake_process_group wandb_* ds_inference
         """,
