@@ -1,6 +1,6 @@
 """Weights out of a run and into one: pretrain_gpt.py's checkpoints to and from Hugging Face folders.
 
-python launch/convert_checkpoint.py --to-hf runs/demo exported
+python launch/convert_checkpoint.py --to-hf runs/demo/no_flush exported
 python launch/convert_checkpoint.py --from-hf exported imported
 deepspeed ... launch/pretrain_gpt.py @imported/model.args --load imported --finetune ...
 """

@@ -1,6 +1,6 @@
 """Text from a trained model, by transformers: a run's newest checkpoint, or a Hugging Face folder.
 
-python launch/generate.py --load runs/demo --prompt "def main" --max-new-tokens 100
+python launch/generate.py --load runs/demo/no_flush --prompt "def main" --max-new-tokens 100
 """
 
 from __future__ import annotations
