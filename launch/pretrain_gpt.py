@@ -47,7 +47,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
         else:
             rows = padded_vocabulary(tokenizer.vocab_size, settings.model.pad_vocabulary_to)
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
-    faults += [] if faults else model_faults(settings.checkpoints, settings.model)
+    faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     if faults:
         raise ArgumentsError(faults)
     return settings, without_meaning

@@ -10,11 +10,10 @@ from typing import Any
 import torch.distributed as dist
 
 from noflush.checkpoint import LATEST, newest_complete, write_latest
-from noflush.launch.arguments.settings import Checkpoints, Model
+from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
+from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_model, write_tokens
 from noflush.launch.training.progress import Position
 from noflush.launch.training.random_state import random_state, restore
-
-_MODEL = "model.json"
 
 
 def tag_of(iteration: int) -> str:
@@ -22,7 +21,7 @@ def tag_of(iteration: int) -> str:
     return f"global_step{iteration}"
 
 
-def save(engine: Any, settings: Checkpoints, model: Model, position: Position) -> None:
+def save(engine: Any, settings: Checkpoints, model: Model, tokens: Tokens, position: Position) -> None:
     """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk."""
     assert settings.save is not None
     tag = tag_of(position.iteration)
@@ -31,7 +30,8 @@ def save(engine: Any, settings: Checkpoints, model: Model, position: Position) -
         state["random_state"] = random_state()
     engine.save_checkpoint(settings.save, tag=tag, client_state=state, save_latest=False)
     if dist.get_rank() == 0:
-        (Path(settings.save) / tag / _MODEL).write_text(json.dumps(dataclasses.asdict(model), indent=1))
+        write_model(Path(settings.save) / tag, model)
+        write_tokens(Path(settings.save) / tag, tokens)
     dist.barrier()
     if dist.get_rank() == 0:
         write_latest(settings.save, tag)
@@ -61,17 +61,32 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
     return found
 
 
-def model_faults(settings: Checkpoints, model: Model) -> list[str]:
-    """How the checkpoint to load differs from ``model``."""
+def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]:
+    """How the checkpoint to load differs from ``model``, or from how it is to be split."""
     if not settings.load:
         return []
     tag = settings.tag or newest_complete(settings.load)
-    path = Path(settings.load) / (tag or LATEST) / _MODEL
-    if not path.is_file():
+    checkpoint = Path(settings.load) / (tag or LATEST)
+    if not (checkpoint / MODEL).is_file():
         return []
-    there, here = json.loads(path.read_text()), dataclasses.asdict(model)
+    faults = []
+    if (checkpoint / WEIGHTS_ALONE).exists() and not settings.finetune:
+        faults.append(f"--load {settings.load}: the checkpoint holds weights alone; add --finetune")
+    slices = len(list(checkpoint.glob("layer_01-model_*-model_states.pt")))
+    if slices not in (0, ranks.tensor):
+        faults.append(
+            f"--load {settings.load}: the checkpoint has {slices} tensor-parallel slices, and "
+            f"--tensor-model-parallel-size is {ranks.tensor}; convert it by convert_checkpoint.py --to-hf and --from-hf"
+        )
+    there, here = json.loads((checkpoint / MODEL).read_text()), dataclasses.asdict(model)
     free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
-    return [
+    # What weights were drawn by says nothing of those that were loaded.
+    free |= {"init_std", "embedding_init_std", "xavier_init", "query_key_layer_scaling"}
+    if settings.finetune:
+        free.add("sequence")
+    if model.positions != "learned_absolute":
+        free.add("max_positions")
+    return faults + [
         f"--load {settings.load}: the checkpoint's model has {name} = {there[name]}, the arguments say {here[name]}"
         for name in here
         if name in there and name not in free and there[name] != here[name]

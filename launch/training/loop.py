@@ -133,7 +133,8 @@ class Training:
         # The checkpoint of this iteration may be the newest complete one: it must not be written over.
         if self.settings.checkpoints.save and self.position.iteration != self._saved_at:
             begin = time.perf_counter()
-            checkpoints.save(self.engine, self.settings.checkpoints, self.settings.model, self.position)
+            settings = self.settings
+            checkpoints.save(self.engine, settings.checkpoints, settings.model, settings.tokens, self.position)
             self._saved_at = self.position.iteration
             if dist.get_rank() == 0:
                 where = f"{self.settings.checkpoints.save}/{checkpoints.tag_of(self.position.iteration)}"
