@@ -50,6 +50,29 @@ def test_the_same_script_without_the_block_is_stock():
     assert "bubble:" not in out
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_pretrain_gpt_through_both_launchers(launcher, tmp_path):
+    arguments = ["--mock-data", "--vocab-size", "63", "--train-iters", "2", "--lr", "1e-3", "--num-workers", "0"]
+    arguments += ["--pipeline-model-parallel-size", "2", "--eval-iters", "0", "--log-interval", "1"]
+    arguments = ["launch/pretrain_gpt.py", "@examples/gpt_demo.args", *arguments, "--deepspeed"]
+    arguments += ["--deepspeed_config", "examples/ds_config.json"]
+    if launcher == "deepspeed":
+        status, out = launch(*arguments)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        status, out = run([*torchrun, "--master_port", str(free_port()), *arguments])
+    assert status == 0, out[-3000:]
+    assert "finished at iteration 2" in out
+    assert "lag by stage [1, 0]" in out
+
+
+def test_wrong_arguments_are_told_once_through_a_launcher():
+    status, out = launch("launch/pretrain_gpt.py", "--num-layers", "3", "--pipeline-model-parallel-size", "2")
+    assert status != 0
+    assert out.count("--num-layers 3 on --pipeline-model-parallel-size 2") == 1
+    assert "Traceback" not in out.split("noflush:")[1].split("deepspeed")[0]
+
+
 def test_plain_example_is_short_and_its_config_is_good():
     from noflush.config import check_config
 
@@ -60,7 +83,7 @@ def test_plain_example_is_short_and_its_config_is_good():
 def test_wrong_config_stops_before_anything_starts(tmp_path):
     config = tmp_path / "ds.json"
     config.write_text('{"async_pipeline": {"schedule": "gpipe"}, "optimizer": {"type": "AdamW"}}')
-    status, out = run([sys.executable, "-m", "noflush.run", "examples/train_gpt.py", "--deepspeed_config", str(config)])
+    status, out = run([sys.executable, "-m", "noflush.run", "examples/plain.py", "--deepspeed_config", str(config)])
     assert status != 0
     assert "async_pipeline.schedule is 'gpipe': input should be '1f1b_no_flush' or '1f1b_flush'" in out
     assert "Traceback" not in out
@@ -88,6 +111,7 @@ def test_demo_in_small(tmp_path):
     command = [sys.executable, "examples/compare.py", "--steps", "30", "--out", str(tmp_path), "--text", str(text)]
     status, out = run([*command, "--port", str(free_port())])
     assert status == 0, out[-3000:]
+    assert "318,005 tokens" in out  # its bytes, and an end for each of five documents
     assert "tokens/s" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["no_flush"]["delay"] == [3, 2, 1, 0]

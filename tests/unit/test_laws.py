@@ -11,11 +11,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "plugin" / "noflush"
-PURE = ["schedule", "deadlock", "config", "timing", "plan", "progress", "loss_scale", "kernels.scalars"]
+LAUNCH = ROOT / "launch"
+PURE = ["schedule", "deadlock", "config", "timing", "plan", "progress", "loss_scale", "kernels.scalars", "figures"]
+PURE_IN_LAUNCH = ["ranks", "signals", "arguments.parser", "arguments.meaning", "arguments.settings", "gpt.size"]
 NO_HOST = [
     *(
         "versions",
         "gradients",
+        "slices",
+        "checkpoint",
         "optim",
         "simulate",
         "channels",
@@ -48,6 +52,15 @@ def test_pure_modules_import_neither_torch_nor_a_host(module):
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
+@pytest.mark.parametrize("module", PURE_IN_LAUNCH)
+def test_what_is_read_before_training_imports_neither_torch_nor_a_host(module):
+    assert not imported(LAUNCH / f"{module.replace('.', '/')}.py") & (HOSTS | {"torch"})
+    code = (
+        f"import noflush.launch.{module}, sys; sys.exit(bool({{'torch', 'deepspeed', 'megatron'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 @pytest.mark.parametrize("module", NO_HOST)
 def test_these_modules_import_no_host(module):
     assert not imported(PACKAGE / f"{module}.py") & HOSTS
@@ -71,4 +84,6 @@ def test_every_package_folder_is_listed_for_the_wheel():
     for folder in [PACKAGE, *[f.parent for f in PACKAGE.rglob("__init__.py")]]:
         name = "noflush" if folder == PACKAGE else f"noflush.{folder.name}"
         assert f'"{name}"' in listed
+    for folder in [f.parent for f in LAUNCH.rglob("__init__.py")]:
+        assert '"' + ".".join(["noflush", *folder.relative_to(ROOT).parts]) + '"' in listed
     assert '"noflush.patches"' in listed
