@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from noflush.config import BLOCK, check_config
+from noflush.config import check_config
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
 from noflush.plan import human_bytes, make_plan
@@ -59,7 +59,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
             human_bytes(needed.total),
         )
     console.print(table)
-    if (settings.deepspeed.get(BLOCK) or {}).get("enabled"):
+    if check_config(settings.deepspeed) is not None:
         console.print(
             f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it", highlight=False
         )

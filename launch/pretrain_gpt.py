@@ -14,12 +14,15 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.ranks import Rendezvous, export, rendezvous
 from noflush.launch.signals import Signals, listen
+
+if TYPE_CHECKING:
+    from noflush.launch.training.loop import Training
 
 _FOR_RANK_0 = 20.0
 STOPPED = "stopped"
@@ -39,13 +42,20 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
 
     settings, without_meaning = understand(argv, world)
     faults = file_faults(settings) + board_needed(settings)
-    if not settings.model.vocabulary and not faults:
+    if not faults:
         try:
             tokenizer = make_tokenizer(settings.tokens)
         except ValueError as error:
             faults.append(str(error))
         else:
-            rows = padded_vocabulary(tokenizer.vocab_size, settings.model.pad_vocabulary_to)
+            rows = settings.model.vocabulary or padded_vocabulary(
+                tokenizer.vocab_size, settings.model.pad_vocabulary_to
+            )
+            if rows < tokenizer.vocab_size:
+                faults.append(
+                    f"--padded-vocab-size {rows} for a tokenizer with {tokenizer.vocab_size} token ids: it must be "
+                    "that or more; leave it out to have it worked out"
+                )
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     if faults:
@@ -86,29 +96,36 @@ def main(argv: list[str] | None = None) -> int:
     return _train(settings, found, lines, count, signals)
 
 
-def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
+def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, signals: Signals) -> Training:
+    """Joins the other ranks and makes everything of this one ready to run: engine, checkpoint, data."""
     from noflush.launch.data.datasets import build_datasets
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training import checkpoints
     from noflush.launch.training.loop import Training, say
     from noflush.launch.training.progress import Position
-    from noflush.launch.training.start import build_engine, join, leave
+    from noflush.launch.training.start import build_engine, join
 
-    training: Any = None
+    join(settings.ranks)
+    if rank == 0:
+        for line in lines:
+            say(line)
+    if rank == 0 and settings.checkpoints.save:
+        (Path(settings.checkpoints.save) / STOPPED).unlink(missing_ok=True)
+    engine = build_engine(settings)
+    position = checkpoints.load(engine, settings.checkpoints)
+    if rank == 0 and position is not None:
+        say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
+    reads = engine.is_first_stage() or engine.is_last_stage()
+    datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
+    return Training(settings, engine, datasets, position or Position(), count, signals)
+
+
+def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
+    from noflush.launch.training.start import leave
+
+    training = None
     try:
-        join(settings.ranks)
-        if found.rank == 0:
-            for line in lines:
-                say(line)
-        if found.rank == 0 and settings.checkpoints.save:
-            (Path(settings.checkpoints.save) / STOPPED).unlink(missing_ok=True)
-        engine = build_engine(settings)
-        position = checkpoints.load(engine, settings.checkpoints)
-        if found.rank == 0 and position is not None:
-            say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
-        reads = engine.is_first_stage() or engine.is_last_stage()
-        datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
-        training = Training(settings, engine, datasets, position or Position(), count, signals)
+        training = prepare(settings, found.rank, lines, count, signals)
         reason = training.run()
         if found.rank == 0:
             _say_why(settings, training.position.iteration, reason)

@@ -37,9 +37,29 @@ def read_config(path: str | None, faults: list[str]) -> dict[str, Any]:
         faults.append(f"--deepspeed_config {path} is no JSON: {error}")
     else:
         if isinstance(found, Mapping):
-            return dict(found)
+            return _with_sections(dict(found), faults)
         faults.append(f"--deepspeed_config {path} holds a {type(found).__name__}: it must be a JSON object")
     return {}
+
+
+def _with_sections(config: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """``config`` with its sections as objects, under one name; a fault for one that is something else."""
+    if "bfloat16" in config:  # DeepSpeed's older name
+        config.setdefault("bf16", config.pop("bfloat16"))
+    if config.get("zero_optimization") is True:
+        config["zero_optimization"] = {"stage": 1}
+    elif config.get("zero_optimization") is False:
+        config["zero_optimization"] = {"stage": 0}
+    for name in ("fp16", "bf16", "zero_optimization", "optimizer", "data_types"):
+        section = config.get(name, {})
+        if not isinstance(section, Mapping):
+            faults.append(f"{name} is {section!r} in the DeepSpeed config: it must be a JSON object {{...}}")
+            del config[name]
+    params = config.get("optimizer", {}).get("params", {})
+    if not isinstance(params, Mapping):
+        faults.append(f'optimizer.params is {params!r} in the DeepSpeed config: it must be a JSON object {{"lr": ...}}')
+        config["optimizer"] = {**config["optimizer"], "params": {}}
+    return config
 
 
 def complete(
@@ -82,8 +102,7 @@ def _agree(of: Found, ds: dict[str, Any], key: str, value: Any, option: str, nam
 
 def _set_precision(of: Found, ds: dict[str, Any], precision: str) -> None:
     for name in ("fp16", "bf16"):
-        section = ds.get(name)
-        section = dict(section) if isinstance(section, Mapping) else {}
+        section = dict(ds.get(name, {}))
         enabled = section.get("enabled", "auto")
         if enabled not in ("auto", None) and bool(enabled) != (precision == name):
             of.faults.append(
@@ -96,6 +115,21 @@ def _set_precision(of: Found, ds: dict[str, Any], precision: str) -> None:
             ds.pop(name, None)
     if precision == "fp16":
         scaling = ds["fp16"]
+        dynamic = scaling.keys() & {"initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"}
+        if dynamic:  # they say how, so that it is one
+            scaling.setdefault("loss_scale", 0)
+        for key, name in (
+            ("loss_scale", "loss_scale"),
+            ("loss_scale_window", "loss_scale_window"),
+            ("hysteresis", "hysteresis"),
+            ("min_loss_scale", "min_loss_scale"),
+        ):
+            if name in of.named and scaling.get(key, of.values[name]) != of.values[name]:
+                # Not a fault: under Megatron-DeepSpeed too the config decides, and its scripts count on that.
+                of.notes.append(
+                    f"{of.named[name]} {of.values[name]}: fp16.{key} is {scaling[key]} in the DeepSpeed config, which "
+                    "counts"
+                )
         static = of.values["loss_scale"]
         scaling.setdefault("loss_scale", static or 0)
         if not scaling["loss_scale"]:
@@ -107,13 +141,22 @@ def _set_precision(of: Found, ds: dict[str, Any], precision: str) -> None:
             scaling.setdefault("min_loss_scale", of.values["min_loss_scale"])
     elif "loss_scale" in of.named:
         of.notes.append(f"--loss-scale {of.values['loss_scale']}: only --fp16 scales the loss")
-    if precision == "bf16" and of.values["accumulate_allreduce_grads_in_fp32"]:
-        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if of.values["accumulate_allreduce_grads_in_fp32"]:
+        option = of.named["accumulate_allreduce_grads_in_fp32"]
+        if precision != "bf16":
+            of.notes.append(f"{option}: without effect in {precision}; it is for bf16")
+        elif ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32") not in ("fp32", "float32"):
+            of.faults.append(
+                f"data_types.grad_accum_dtype is {ds['data_types']['grad_accum_dtype']} in the DeepSpeed config, but "
+                f"{option} makes it fp32: take one of them out"
+            )
 
 
 def _set_zero(of: Found, ds: dict[str, Any], precision: str) -> None:
     named, values = of.named, of.values
     asked = None
+    if values["use_distributed_optimizer"] and "zero_stage" in named and values["zero_stage"] < 1:
+        of.faults.append("--use-distributed-optimizer is ZeRO-1, but --zero-stage is 0: take one of them out")
     if "zero_stage" in named:
         asked = int(values["zero_stage"])
     elif values["use_distributed_optimizer"]:

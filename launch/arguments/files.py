@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ def paths_from_files(
         if by_split:
             found = json.loads(Path(by_split).read_text())
             splits = tuple(found.get(name) for name in ("train", "valid", "test"))
+            if any(isinstance(split, str) for split in splits):
+                faults.append(f"--per-split-data-args-path {by_split}: give a list of prefixes for each split")
+                splits = None, None, None
     except (OSError, ValueError, AttributeError) as error:
         faults.append(f"the file of data paths cannot be read: {error}")
     return blend, splits
@@ -43,6 +47,8 @@ def file_faults(settings: Settings) -> list[str]:
         faults += prefix_faults(prefix)
     if data.split is not None and not _is_split(data.split):
         faults.append(f"--split {data.split}: give three parts such as 969,30,1, of which some is more than 0")
+    elif data.split is not None and not faults:
+        faults += [fault for prefix in prefixes for fault in _empty_parts(prefix, data.split)]
     if checkpoints.must_exist and checkpoints.load and not (Path(checkpoints.load) / "latest").is_file():
         faults.append(f"--load {checkpoints.load} holds no checkpoint, and --exit-on-missing-checkpoint is given")
     if checkpoints.load and checkpoints.tag and not (Path(checkpoints.load) / checkpoints.tag).is_dir():
@@ -62,6 +68,8 @@ def _prefixes(blend: Sequence[str] | None, faults: list[str]) -> list[str]:
         return list(blend)
     weighted = all(_is_weight(word) for word in blend[::2]) and len(blend) % 2 == 0
     if weighted:
+        if not any(float(word) for word in blend[::2]):
+            faults.append(f"data paths {' '.join(blend)}: every weight is 0; give one of them more")
         return list(blend[1::2])
     if any(_is_weight(word) and not Path(f"{word}.idx").is_file() for word in blend):
         faults.append(f"data paths {' '.join(blend)}: give prefixes alone, or a weight before every prefix")
@@ -78,10 +86,32 @@ def _is_weight(word: str) -> bool:
 
 def _is_split(split: str) -> bool:
     try:
-        parts = [float(part) for part in split.replace("/", ",").split(",")]
+        parts = _parts(split)
     except ValueError:
         return False
-    return 1 <= len(parts) <= 3 and min(parts) >= 0 and max(parts) > 0
+    return 1 <= len(parts) <= 3 and min(parts) >= 0 and 0 < sum(parts) < math.inf
+
+
+def _parts(split: str) -> list[float]:
+    # Scripts that build their arguments in an array pass quotes on, and megatron-core overlooks them.
+    return [float(part) for part in split.strip("'\"").replace("/", ",").split(",")]
+
+
+def _empty_parts(prefix: str, split: str) -> list[str]:
+    """A part that is asked for and gets no document: megatron-core would count its epochs for ever."""
+    with Path(f"{prefix}.idx").open("rb") as stream:
+        (documents,) = struct.unpack("<Q", stream.read(26)[18:])
+    parts = _parts(split)
+    ends = [round(sum(parts[: i + 1]) / sum(parts) * documents) for i in range(len(parts))]
+    empty = [
+        name
+        for name, part, begin, end in zip(("training", "validation", "test"), parts, [0, *ends], ends, strict=False)
+        if part and begin == end
+    ]
+    return [
+        f"--split {split} leaves no document of the {documents} in {prefix} for {name}: make its part 0, or larger"
+        for name in empty
+    ]
 
 
 def prefix_faults(prefix: str) -> list[str]:

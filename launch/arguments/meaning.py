@@ -16,7 +16,7 @@ _EFFECT = """
     normalization layernorm_epsilon apply_residual_connection_post_layernorm qk_layernorm openai_gelu squared_relu
     swiglu quick_geglu mlp_type add_bias_linear add_qkv_bias untie_embeddings_and_output_weights attention_dropout
     hidden_dropout init_method_std init_method_xavier_uniform embedding_init_method_std
-    apply_query_key_layer_scaling attention_softmax_in_fp32 fp16_lm_cross_entropy make_vocab_size_divisible_by
+    attention_softmax_in_fp32 fp16_lm_cross_entropy make_vocab_size_divisible_by
     vocab_size padded_vocab_size micro_batch_size global_batch_size rampup_batch_size train_iters train_samples
     train_tokens exit_interval exit_duration_in_mins exit_signal_handler exit_signal seed recompute_granularity
     recompute_method recompute_num_layers recompute_activations checkpoint_activations checkpoint_num_layers
@@ -38,6 +38,22 @@ _EFFECT = """
     log_loss_scale_to_tensorboard log_throughput wandb_project wandb_exp_name wandb_save_dir wandb_entity
 """
 EFFECT = frozenset(_EFFECT.split())
+
+# Of these, what is so whether it is said or not: launchers and scripts give them, and nothing has to read them.
+SO_ANYWAY = frozenset({"deepspeed", "local_rank"})
+
+# Refused, but not at 1, which is as good as none.
+_ONE_IS_NONE = """
+    num_experts expert_tensor_parallel_size expert_model_parallel_size moe_expert_parallel_size context_parallel_size
+    hierarchical_context_parallel_sizes ds_sequence_parallel_size
+"""
+ONE_IS_NONE = frozenset(_ONE_IS_NONE.split())
+
+# Neither parser's any more, but in example scripts that were not kept up.
+OLDER = {
+    "--activations-checkpoint-method": "it was renamed: use --recompute-granularity full --recompute-method",
+    "--activations-checkpoint-num-layers": "it was renamed: use --recompute-num-layers",
+}
 
 # No meaning here, or none for the result: accepted, and named once in a warning.
 NO_MEANING = {
@@ -64,6 +80,7 @@ NO_MEANING = {
         fine_grained_activation_offloading use_dataset_only distributed_timeout_seconds_after_init train_sync_interval
         deterministic_mode bias_*_fusion perform_initialization
         """,
+    "attention: its scores are float32 within the kernel, scaled by the layer or not": "apply_query_key_layer_scaling",
     "Megatron's own schedules: there is no bubble to hide, nor a flush to shape": """
         num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank microbatch_group_size_per_vp_stage
         enable_zbh1_*

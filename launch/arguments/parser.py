@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from noflush.launch.arguments.meaning import alternative, no_meaning
+from noflush.launch.arguments.meaning import OLDER, ONE_IS_NONE, alternative, no_meaning
 
 
 class ArgumentsError(ValueError):
@@ -64,6 +64,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
 }
 
 
+@cache
 def make_parser() -> argparse.ArgumentParser:
     """Both parsers' options and noflush's own; values that are not given are absent."""
     parser = _Parser(
@@ -76,12 +77,14 @@ def make_parser() -> argparse.ArgumentParser:
         kind, strings, dest = option["kind"], option["options"], option["dest"]
         # Attributes that two options share (--wgrad and --no-wgrad) are written by both.
         if kind == "value":
+            convert = _TYPES[option["type"]]
+            choices = option.get("choices")
             parser.add_argument(
                 *strings,
                 dest=dest,
-                type=_TYPES[option["type"]],
+                type=convert,
                 nargs=option.get("nargs"),
-                choices=option.get("choices"),
+                choices=None if choices is None else [convert(str(choice)) for choice in choices],
                 help=argparse.SUPPRESS,
             )
         elif kind == "boolean":
@@ -125,10 +128,17 @@ def read(argv: list[str]) -> Given:
     argv = expand(argv)
     namespace, unknown = make_parser().parse_known_args(argv)
     known = [string for option in options() for string in option["options"]]
+    its_value = False
     for word in unknown:
         name = word.split("=")[0]
         if not name.startswith("--"):
-            faults.append(f"{word!r} belongs to no option")
+            if not its_value:
+                faults.append(f"{word!r} belongs to no option")
+            continue
+        # What follows an option that does not exist is its value, and no fault of its own.
+        its_value = "=" not in word
+        if name in OLDER:
+            faults.append(f"{name}: {OLDER[name]}")
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "Megatron-LM and Megatron-DeepSpeed have no such option"
@@ -137,10 +147,10 @@ def read(argv: list[str]) -> Given:
     values: dict[str, Any] = {"dry_run": False, "world_size": None}
     named: dict[str, str] = {}
     without_meaning: dict[str, list[str]] = {}
+    values |= defaults()
     for option in options():
         dest = option["dest"]
         default = default_of(option)
-        values.setdefault(dest, default)
         if dest not in given:
             continue
         written = _as_written(option["options"], argv)
@@ -149,7 +159,7 @@ def read(argv: list[str]) -> Given:
         named[dest] = written
         why = alternative(dest)
         kind = no_meaning(dest)
-        if why and not _harmless(given[dest], default):
+        if why and not _harmless(dest, given[dest], default):
             shown = "" if option["kind"] != "value" else f" {given[dest]}"
             faults.append(f"{written}{shown}: {why}")
         elif kind and written not in without_meaning.setdefault(kind, []):
@@ -163,6 +173,15 @@ def _as_written(strings: list[str], argv: list[str]) -> str | None:
     return next((string for string in strings if string in words), None)
 
 
-def _harmless(value: Any, default: Any) -> bool:
+@cache
+def defaults() -> dict[str, Any]:
+    """Every option's value by its attribute name, when it is not given."""
+    found: dict[str, Any] = {}
+    for option in options():
+        found.setdefault(option["dest"], default_of(option))
+    return found
+
+
+def _harmless(dest: str, value: Any, default: Any) -> bool:
     """Whether a refused option was given at a value that changes nothing."""
-    return value == default or (value in (1, [1], "[1]") and default in (None, 1, [1]))
+    return value == default or (dest in ONE_IS_NONE and value in (1, [1]))

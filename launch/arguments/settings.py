@@ -41,7 +41,6 @@ class Model:
     qkv_bias: bool
     qk_norm: bool
     post_norm_residual: bool
-    query_key_layer_scaling: bool
     softmax_in_fp32: bool
     loss_in_low_precision: bool
     attention_dropout: float

@@ -253,7 +253,6 @@ def _model(config: Mapping[str, Any], layout: Layout, **fields: Any) -> Model:
             "qkv_bias": False,
             "qk_norm": False,
             "post_norm_residual": False,
-            "query_key_layer_scaling": False,
             "softmax_in_fp32": False,
             "loss_in_low_precision": False,
             "init_std": config.get("initializer_range", 0.02),

@@ -69,6 +69,10 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
     checkpoint = Path(settings.load) / (tag or LATEST)
     if not (checkpoint / MODEL).is_file():
         return []
+    try:
+        there, here = dict(json.loads((checkpoint / MODEL).read_text())), dataclasses.asdict(model)
+    except (ValueError, TypeError, OSError) as error:
+        return [f"--load {settings.load}: {checkpoint / MODEL} cannot be read ({error}); name another by --ckpt-step"]
     faults = []
     if (checkpoint / WEIGHTS_ALONE).exists() and not settings.finetune:
         faults.append(f"--load {settings.load}: the checkpoint holds weights alone; add --finetune")
@@ -78,10 +82,9 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
             f"--load {settings.load}: the checkpoint has {slices} tensor-parallel slices, and "
             f"--tensor-model-parallel-size is {ranks.tensor}; convert it by convert_checkpoint.py --to-hf and --from-hf"
         )
-    there, here = json.loads((checkpoint / MODEL).read_text()), dataclasses.asdict(model)
     free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
     # What weights were drawn by says nothing of those that were loaded.
-    free |= {"init_std", "embedding_init_std", "xavier_init", "query_key_layer_scaling"}
+    free |= {"init_std", "embedding_init_std", "xavier_init"}
     if settings.finetune:
         free.add("sequence")
     if model.positions != "learned_absolute":

@@ -150,7 +150,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
             f"choose one of {', '.join(OUR_OPTIMIZERS)}"
         )
-    if facts.tied_keys and config and config.schedule == "1f1b_no_flush":
+    if facts.tied_keys and facts.stages > 1 and config and config.schedule == "1f1b_no_flush":
         faults.append(
             f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
             f"different times; {facts.untie}, or set the schedule to '1f1b_flush'"

@@ -11,7 +11,7 @@ from noflush.launch.arguments.settings import Model
 GPT2 = Model(
     layers=2, hidden=32, ffn_hidden=80, heads=4, query_groups=4, kv_channels=8, sequence=16, max_positions=24,
     positions="learned_absolute", tied=False, normalization="LayerNorm", norm_epsilon=1e-5, activation="openai_gelu",
-    gated=False, bias=True, qkv_bias=False, qk_norm=False, post_norm_residual=False, query_key_layer_scaling=False,
+    gated=False, bias=True, qkv_bias=False, qk_norm=False, post_norm_residual=False,
     softmax_in_fp32=False, loss_in_low_precision=False, attention_dropout=0.0, hidden_dropout=0.0, init_std=0.02,
     embedding_init_std=None, xavier_init=False, rope_base=10000, rope_percent=1.0, rope_interleaved=False,
     rope_interpolation=None, rope_scaling=None, pad_vocabulary_to=1, vocabulary=96,

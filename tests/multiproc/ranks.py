@@ -11,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-# The server imports torch and DeepSpeed once; ranks are forked from it before any thread or group exists.
+# The server imports torch, DeepSpeed and Megatron once; ranks are forked from it before any thread or group exists.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -20,6 +20,7 @@ _context.set_forkserver_preload(
         "noflush.engine",
         "noflush.simulate",
         "noflush.launch.training.loop",
+        "noflush.launch.data.datasets",
         "noflush.launch.training.start",
         "tests.multiproc.ranks",
     ]

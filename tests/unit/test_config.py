@@ -140,6 +140,10 @@ def test_wrong_configuration(name):
     assert len(caught.value.faults) == 1, caught.value.faults
 
 
+def test_tied_layers_on_one_stage_are_one_copy():
+    check_run(GOOD, RunFacts(stages=1, layers=4, tied_keys=("embed",)))
+
+
 def test_every_fault_is_listed_at_once():
     ds_config = with_block(schedule="gpipe", wieghts="x", kernel="cuda") | {"fp16": {"enabled": True}}
     with pytest.raises(ConfigError) as caught:
