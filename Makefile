@@ -26,7 +26,7 @@ test-all: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest
 
-# Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Three minutes.
+# Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Six minutes.
 test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm

@@ -26,7 +26,8 @@ def schedule_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
             lr_decay_style=optimizer.decay_style,
             start_wd=start,
             end_wd=end,
-            wd_incr_steps=settings.steps.samples,
+            # It must be a checkpoint's. Where nothing increases it is no reason to refuse another --train-iters.
+            wd_incr_steps=optimizer.decay_samples if start == end else settings.steps.samples,
             wd_incr_style=optimizer.weight_decay_style,
             use_checkpoint_opt_param_scheduler=optimizer.checkpoint_schedule,
             override_opt_param_scheduler=optimizer.override_schedule,

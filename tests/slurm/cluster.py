@@ -58,7 +58,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=0
 SlurmdTimeout={slurmd_timeout}
-MessageTimeout=5
+MessageTimeout=10
 KillWait=2
 MinJobAge=3600
 NodeName=node[1-{nodes}] NodeAddr={network}.[1-{nodes}] CPUs=2 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
@@ -90,7 +90,7 @@ class Cluster:
         life: seconds after which the whole cluster ends, whatever happens.
     """
 
-    def __init__(self, folder: Path, nodes: int, slurmd_timeout: int = 5, life: float = 600) -> None:
+    def __init__(self, folder: Path, nodes: int, slurmd_timeout: int = 15, life: float = 600) -> None:
         self.folder = folder
         self.names = [f"node{k}" for k in range(1, nodes + 1)]
         self._slurmd_timeout = slurmd_timeout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,32 +16,57 @@ from tests.slurm.cluster import Cluster, ClusterError, why_not_here
 
 ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "launch" / "slurm" / "pretrain_gpt.sbatch"
-SCRIPT = ROOT / "tests" / "slurm" / "stand_in.py"
-ARGUMENTS = ["--pause", "0.1"]  # what SCRIPT needs besides iterations, --save and --load
+SCRIPT = ROOT / "launch" / "pretrain_gpt.py"
 STAGES = 4
 ITERATIONS = 30
 SAVE_INTERVAL = 5
+# An iteration takes long enough (some 0.3 s) for a node to be killed between two of them.
+MODEL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256 "
+    "--attention-dropout 0 --hidden-dropout 0 --untie-embeddings-and-output-weights "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 63 --num-workers 0 "
+    "--micro-batch-size 24 --global-batch-size 24 --lr 1e-3 --lr-decay-iters 1000 --log-interval 1 --eval-iters 0"
+)
+CONFIG = {
+    "optimizer": {"type": "DelayAwareNAdamW", "params": {"betas": [0.99, 0.999]}},
+    "async_pipeline": {"enabled": True},
+}
+# Seconds, to end what hangs. A start is ten seconds of imports a rank, on cores that others want too.
+START = 240
+REQUEUE = 120
 
 _no_reason = why_not_here()
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.skipif(_no_reason is not None, reason=str(_no_reason)),
-    pytest.mark.timeout(280),
+    pytest.mark.timeout(1200),
 ]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """One node more than stages."""
-    with Cluster(tmp_path_factory.mktemp("cluster") / "slurm", nodes=STAGES + 1) as cluster:
+    with Cluster(tmp_path_factory.mktemp("cluster") / "slurm", nodes=STAGES + 1, life=3600) as cluster:
         yield cluster
+
+
+_LINE = re.compile(r"^ \[.+\] iteration +(\d+)/.* \| lm loss: (\d\.\d{6}E[+-]\d\d) \|", re.MULTILINE)
 
 
 class Job:
     """A training job in a folder of its own."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *options: str, iterations: int = ITERATIONS, **environ: str):
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *options: str,
+        stages: int = STAGES,
+        iterations: int = ITERATIONS,
+        **environ: str,
+    ):
         self.cluster = cluster
+        self.stages = stages
         self.folder = folder
         self.save = folder / "checkpoints"
         self.lasts(iterations)
@@ -48,24 +74,30 @@ class Job:
         self.number = cluster.sbatch(
             BATCH,
             f"@{folder}/gpt.args",
-            options=[f"--nodes={STAGES}", "--ntasks-per-node=1", "--cpus-per-task=1", *options],
+            options=[f"--nodes={stages}", "--ntasks-per-node=1", "--cpus-per-task=1", *options],
             environment=mine | environ,
             folder=folder,
         )
 
     def lasts(self, iterations: int) -> None:
         """How far the job's next start goes."""
-        words = ["--train-iters", str(iterations), "--save-interval", str(SAVE_INTERVAL), *ARGUMENTS]
-        (self.folder / "gpt.args").write_text(" ".join(words) + "  # written by the test\n")
+        (self.folder / "ds_config.json").write_text(json.dumps(CONFIG))
+        lines = [
+            f"{MODEL}  # written by the test",
+            f"--pipeline-model-parallel-size {self.stages} --deepspeed_config {self.folder}/ds_config.json",
+            f"--train-iters {iterations} --save-interval {SAVE_INTERVAL}",
+        ]
+        (self.folder / "gpt.args").write_text("\n".join(lines))
 
-    def log(self, restart: int, rank: int = STAGES - 1) -> str:
-        """A rank's log since the job's ``restart``-th start; the last stage is the one that knows losses."""
+    def log(self, restart: int, rank: int | None = None) -> str:
+        """A rank's log since the job's ``restart``-th start; by default the last's, which logs losses."""
+        rank = self.stages - 1 if rank is None else rank
         path = self.save / "logs" / f"noflush-{self.number}-{restart}-{rank}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def losses(self, restart: int) -> dict[int, str]:
         """Iteration -> loss as printed."""
-        return {int(i): loss for i, loss in re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", self.log(restart))}
+        return {int(i): loss for i, loss in re.findall(_LINE, self.log(restart))}
 
     def saved(self) -> int:
         """The newest complete checkpoint's iteration."""
@@ -76,7 +108,7 @@ class Job:
         """Waits until that start of the job has made iterations which the newest checkpoint does not have."""
         self.wait(
             lambda: self.saved() >= checkpoint and max(self.losses(restart), default=0) > checkpoint + 1,
-            90,
+            START,
             f"iterations behind checkpoint {checkpoint}",
         )
 
@@ -97,7 +129,7 @@ class Job:
 
         return self.cluster.wait_for(holds, timeout, what)
 
-    def finishes(self, timeout: float = 90) -> None:
+    def finishes(self, timeout: float = START) -> None:
         state = self.cluster.wait_for_end(self.number, timeout)
         if state != "COMPLETED":
             raise ClusterError(f"job {self.number} is {state}\n{self.cluster.report()}")
@@ -112,7 +144,9 @@ def undisturbed(cluster, tmp_path_factory):
 
 def test_a_task_a_node(cluster, undisturbed):
     assert list(undisturbed.losses(0)) == list(range(1, ITERATIONS + 1))
+    assert len(set(undisturbed.losses(0).values())) == ITERATIONS
     assert undisturbed.saved() == ITERATIONS
+    assert f"finished at iteration {ITERATIONS}" in undisturbed.log(0, 0)
     assert "finished, checkpoint" in cluster.output(undisturbed.number)
     port = 10000 + undisturbed.number
     for rank in range(STAGES):
@@ -127,55 +161,61 @@ def test_a_dead_rank_and_a_dead_node(cluster, undisturbed, tmp_path):
     # The rank's peers see a connection end, and fail: the batch script puts the job back, for it has come further.
     for process in cluster.tasks("node2", SCRIPT.name):
         process.kill()
-    job.wait(lambda: job.is_back(1), 90, "the job back in the queue for its rank")
+    job.wait(lambda: job.is_back(1), REQUEUE, "the job back in the queue for its rank")
     assert "came from checkpoint none to" in cluster.output(job.number)
+    saved = [0, job.saved()]
 
     cluster.requeue_now(job.number)
     job.trains_behind(20, restart=1)
     # No connection ends: the peers wait, SLURM misses the node and puts the job elsewhere.
     cluster.kill_node("node3")
-    job.wait(lambda: job.is_back(2), 90, "the job back in the queue for its node")
+    job.wait(lambda: job.is_back(2), REQUEUE, "the job back in the queue for its node")
+    saved.append(job.saved())
 
     cluster.requeue_now(job.number)
     job.finishes()
     assert "node3" not in cluster.job(job.number)["NodeList"]
     cluster.bring_back("node3")
     runs = [job.losses(restart) for restart in range(3)]
-    starts = [min(run) for run in runs]
-    assert starts[0] == 1
-    assert starts[1] in (11, 16)
-    assert starts[2] in (21, 26)
-    assert max(runs[0]) < max(runs[1]) < ITERATIONS
+    assert [min(run) for run in runs] == [iteration + 1 for iteration in saved]
+    assert max(runs[0]) < ITERATIONS
+    assert max(runs[1]) < ITERATIONS
     assert runs == [{i: expected[i] for i in run} for run in runs]
-    assert list(runs[2]) == list(range(starts[2], ITERATIONS + 1))
+    assert list(runs[2]) == list(range(saved[2] + 1, ITERATIONS + 1))
 
 
 def test_the_time_limit(cluster, tmp_path):
-    """A minute is the shortest, and SLURM may warn up to a minute early: the run is made to outlast it."""
-    job = Job(cluster, tmp_path, "--time=1", "--signal=USR1@20", iterations=100_000)
-    job.wait(lambda: job.is_back(1), 100, "the job back in the queue")
+    """The batch script's own warning, two minutes ahead: the run saves, ends, and goes on when it is started again."""
+    job = Job(cluster, tmp_path, "--time=60", stages=2, iterations=10_000)
+    job.trains_behind(0, restart=0)
+    # Limits are whole minutes. SLURM looks every half minute whether to warn, and warns half a minute early.
+    hours, minutes, seconds = map(int, cluster.job(job.number)["RunTime"].split(":"))
+    limit = (3600 * hours + 60 * minutes + seconds + 90) // 60 + 1
+    cluster.run(["scontrol", "update", f"jobid={job.number}", f"TimeLimit={limit}"])
+    job.wait(lambda: job.is_back(1), 180, "the job back in the queue")
     saved = job.saved()
     assert max(job.losses(0)) == saved > 0
-    assert f"told to end (iteration {saved} of 100000, SIGUSR1)" in cluster.output(job.number)
+    assert f"told to end (iteration {saved} of 10000, SIGUSR1)" in cluster.output(job.number)
     # No second warning while this machine is busy.
-    cluster.run(["scontrol", "update", f"jobid={job.number}", "TimeLimit=30"])
-    job.lasts(saved + 5)
+    cluster.run(["scontrol", "update", f"jobid={job.number}", "TimeLimit=60"])
+    job.lasts(saved + 5)  # --lr-decay-iters stays
     cluster.requeue_now(job.number)
     job.finishes()
+    assert f"resumed from {job.save} at iteration {saved}" in job.log(1, 0)
     assert list(job.losses(1)) == list(range(saved + 1, saved + 6))
     assert not (job.save / "stopped").exists()
 
 
 def test_a_run_that_fails_at_once_is_not_tried_again(cluster, tmp_path):
     job = Job(cluster, tmp_path, RANK="0")
-    assert cluster.wait_for_end(job.number, 30) == "FAILED"
+    assert cluster.wait_for_end(job.number, 120) == "FAILED"
     assert "no further than checkpoint none: not tried again" in cluster.output(job.number)
     assert "but WORLD_SIZE and LOCAL_RANK not: a launcher sets all of" in job.log(0, 0)
 
 
 def test_a_task_a_gpu(cluster, tmp_path):
     job = Job(cluster, tmp_path, "--gpus-per-node=2")
-    assert cluster.wait_for_end(job.number, 30) == "FAILED"
+    assert cluster.wait_for_end(job.number, 120) == "FAILED"
     assert "one task a GPU: 2 GPUs a node need --ntasks-per-node=2, which is 1" in cluster.output(job.number)
     see = tmp_path / "see.py"
     see.write_text("import os; print(os.environ['SLURM_LOCALID'], os.environ['CUDA_VISIBLE_DEVICES'])")
@@ -185,17 +225,29 @@ def test_a_task_a_gpu(cluster, tmp_path):
 
 
 def test_dry_run_in_a_job(cluster, tmp_path):
+    """The job's own number of tasks is checked."""
     job = Job(cluster, tmp_path, DRY_RUN="1")
     job.finishes()
-    assert f"dry run of {STAGES} ranks, {ITERATIONS} iterations" in cluster.output(job.number)
+    plan = cluster.output(job.number)
+    assert f"{STAGES} ranks: pipeline {STAGES} x data 1 x tensor 1" in plan
+    assert "dry run: nothing was started" in plan
     assert not job.save.exists()
+    job = Job(cluster, tmp_path, "--nodes=3", DRY_RUN="1")
+    assert cluster.wait_for_end(job.number, 120) == "FAILED"
+    assert f"3 ranks for --tensor-model-parallel-size 1 x --pipeline-model-parallel-size {STAGES}" in cluster.output(
+        job.number
+    )
 
 
 def test_dry_run_without_slurm(tmp_path):
-    words = ["bash", str(BATCH), "--train-iters", "7", "--save-interval", "5"]
-    environ = {"DRY_RUN": "1", "SCRIPT": str(SCRIPT), "PYTHON": sys.executable, "PATH": os.environ["PATH"]}
-    done = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert "dry run of as many as needed ranks, 7 iterations" in done.stdout, done
+    """README's command, in a checkout: as many ranks as the arguments need."""
+    words = ["bash", str(BATCH), "@launch/configs/gpt-125m.args", "--mock-data", "--vocab-size", "50256"]
+    environ = {"DRY_RUN": "1", "SAVE": str(tmp_path / "save"), "PYTHON": sys.executable, "PATH": os.environ["PATH"]}
+    environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "GPT of 163,109,376 parameters" in done.stdout, done
+    assert "4 ranks: pipeline 4 x data 1 x tensor 1" in done.stdout, done
+    assert "predicted utilisation: 100.0% without the flush, 72.7% with it" in done.stdout, done
     assert list(tmp_path.iterdir()) == []
 
 
