@@ -44,13 +44,22 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
     tag = settings.load and (settings.tag or newest_complete(settings.load))
     if not tag:
         return None
-    _, state = engine.load_checkpoint(
-        settings.load,
-        tag=tag,
-        load_optimizer_states=settings.load_optimizer,
-        load_lr_scheduler_states=settings.load_optimizer,
-        load_module_only=settings.finetune,
-    )
+    try:
+        _, state = engine.load_checkpoint(
+            settings.load,
+            tag=tag,
+            load_optimizer_states=settings.load_optimizer,
+            load_lr_scheduler_states=settings.load_optimizer,
+            load_module_only=settings.finetune,
+        )
+    except AssertionError as error:
+        if "OptimizerParamScheduler" not in str(error):
+            raise
+        raise ValueError(
+            f"--load {settings.load}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
+            "--override-opt_param-scheduler to go on with the arguments', or --use-checkpoint-opt_param-scheduler with "
+            "the checkpoint's"
+        ) from None
     if state is None:
         raise FileNotFoundError(
             f"--load {settings.load}: checkpoint {tag} is incomplete; name another with --ckpt-step"

@@ -1,0 +1,102 @@
+"""What the arguments say of data, tokenizer, checkpoints and logs. What the files hold is checked by `files`."""
+
+from __future__ import annotations
+
+from noflush.checkpoint import newest_complete
+from noflush.launch.arguments.files import paths_from_files
+from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
+from noflush.launch.arguments.values import Values
+
+
+def read_data(of: Values) -> Data:
+    blend = of.data_path
+    splits = of.train_data_path, of.valid_data_path, of.test_data_path
+    blend, splits = paths_from_files(of.data_args_path, of.per_split_data_args_path, blend, splits, of.faults)
+    by_split = any(splits)
+    if sum((bool(blend), by_split, bool(of.mock_data))) > 1:
+        of.faults.append("--data-path, --train-data-path ... and --mock-data: give one of the three")
+    if not (blend or by_split or of.mock_data or of.data_args_path or of.per_split_data_args_path):
+        of.faults.append(
+            "no data: give --data-path PREFIX of a .bin/.idx pair (preprocess_data.py makes it), or --mock-data"
+        )
+    if by_split and not splits[0]:
+        of.faults.append("--valid-data-path or --test-data-path without --train-data-path: add it")
+    if of.dataloader_type == "external":
+        of.faults.append("--dataloader-type external: use single or cyclic")
+    if of.data_impl not in (None, "mmap", "infer"):
+        of.faults.append(f"--data-impl {of.data_impl}: only mmap is read; preprocess the data with preprocess_data.py")
+    return Data(
+        blend=tuple(blend) if blend else None,
+        splits=tuple(tuple(s) if s else None for s in splits) if by_split else None,
+        split=None if by_split else of.split,
+        cache=of.data_cache_path,
+        mock=bool(of.mock_data),
+        order=of.dataloader_type or "single",
+        workers=of.num_workers,
+        reset_positions=of.reset_position_ids,
+        reset_mask=of.reset_attention_mask,
+        mask_eod=of.eod_mask_loss,
+        mmap=of.mmap_bin_files,
+    )
+
+
+def read_tokens(of: Values) -> Tokens:
+    kind = of.tokenizer_type
+    if kind is None and of.vocab_file and of.merge_file:
+        kind = "GPT2BPETokenizer"
+    if kind == "HFTokenizer":  # Megatron-DeepSpeed's name
+        kind = "HuggingFaceTokenizer"
+    if kind is None and of.vocab_size:
+        kind = "NullTokenizer"
+    return Tokens(
+        type=kind,
+        model=of.tokenizer_model,
+        vocab_file=of.vocab_file,
+        merge_file=of.merge_file,
+        vocab_size=of.vocab_size,
+        extra_ids=of.vocab_extra_ids,
+        trust_remote_code=of.trust_remote_code,
+    )
+
+
+def read_checkpoints(of: Values) -> Checkpoints:
+    tag = of.load_tag or (f"global_step{of.ckpt_step}" if of.ckpt_step is not None else None)
+    load, finetune = of.load, of.finetune
+    # As Megatron: where to begin, until there is a checkpoint of the run's own to go on from.
+    if of.pretrained_checkpoint and not (load and newest_complete(load)):
+        load, finetune, tag = of.pretrained_checkpoint, True, None
+    of.note_without(bool(load), "--load", "load_tag", "ckpt_step")
+    of.note_without(bool(of.save), "--save", "save_interval")
+    return Checkpoints(
+        save=of.save,
+        load=load,
+        tag=tag,
+        finetune=finetune,
+        load_optimizer=not (finetune or of.no_load_optim),
+        load_rng=not (finetune or of.no_load_rng),
+        save_rng=not of.no_save_rng,
+        must_exist=of.exit_on_missing_checkpoint,
+    )
+
+
+def read_logs(of: Values) -> Logs:
+    project = of.wandb_project or None
+    of.note_without(bool(project), "--wandb-project", "wandb_exp_name", "wandb_save_dir", "wandb_entity")
+    if project and not of.wandb_exp_name:
+        of.faults.append(f"--wandb-project {project} without --wandb-exp-name: name the experiment")
+    return Logs(
+        tensorboard_dir=of.tensorboard_dir,
+        tensorboard_every=of.tensorboard_log_interval,
+        tensorboard_queue=of.tensorboard_queue_size,
+        timers=of.log_timers_to_tensorboard,
+        memory=of.log_memory_to_tensorboard,
+        world_size=of.log_world_size_to_tensorboard,
+        learning_rate=of.log_learning_rate_to_tensorboard,
+        loss_scale=of.log_loss_scale_to_tensorboard,
+        validation_perplexity=of.log_validation_ppl_to_tensorboard,
+        throughput=of.log_throughput,
+        wandb_project=project,
+        wandb_name=of.wandb_exp_name or None,
+        wandb_dir=of.wandb_save_dir or None,
+        wandb_entity=of.wandb_entity or None,
+    )
