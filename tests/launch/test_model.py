@@ -9,7 +9,7 @@ import torch
 
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.understand import understand
-from tests.launch.megatron import LLAMA, SMALL, VOCABULARY, micro_batch, samples, settings, simulate, train
+from tests.launch.megatron import LLAMA, NADAMW, SMALL, VOCABULARY, micro_batch, samples, settings, simulate, train
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -107,6 +107,32 @@ def test_tensor_parallel_matches_one_slice(arguments, tmp_path):
     assert first == second
     assert first == pytest.approx(reference, abs=2e-6)
     assert got[0]["norm"].item() == pytest.approx(expected[0]["norm"].item(), rel=1e-4)
+
+
+ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
+BLOCK = {"enabled": True}
+KEEPERS = {
+    "DeepSpeed's AdamW": {"optimizer": ADAMW, "async_pipeline": BLOCK},
+    "ZeRO-1": {"optimizer": NADAMW, "async_pipeline": BLOCK, "zero_optimization": {"stage": 1}},
+    "ZeRO-1, DeepSpeed's AdamW": {"optimizer": ADAMW, "async_pipeline": BLOCK, "zero_optimization": {"stage": 1}},
+    "bf16": {"optimizer": NADAMW, "async_pipeline": BLOCK, "bf16": {"enabled": True}},
+    "bf16, DeepSpeed's AdamW": {"optimizer": ADAMW, "async_pipeline": BLOCK, "bf16": {"enabled": True}},
+}
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_norms_over_slices_wherever_the_weights_are_kept(keeper, tmp_path):
+    """Clipped hard: a norm that missed or doubled a part would be another model after eight updates."""
+    arguments = "--clip-grad 0.05 --global-batch-size 4"
+    one = settings(arguments, 2, tmp_path, KEEPERS[keeper])
+    split = settings(arguments + " --tensor-model-parallel-size 2", 4, tmp_path, KEEPERS[keeper])
+    assert one.ranks.data == split.ranks.data == 2
+    expected, got = run_ranks(train, 2, run=one, calls=6), run_ranks(train, 4, run=split, calls=6)
+    error = 2e-2 if "bf16" in keeper else 2e-6
+    assert _losses(got)[0] == _losses(got)[1]
+    assert _losses(got)[0] == pytest.approx(_losses(expected)[0], abs=error)
+    relative = 2e-2 if "bf16" in keeper else 1e-4
+    assert [float(r["norm"]) for r in got] == pytest.approx([float(expected[0]["norm"])] * 4, rel=relative)
 
 
 def test_data_parallel_matches_one_replica(tmp_path):
