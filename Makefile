@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
+# Two files at a time: tests of many ranks wait a good part of their time.
+TWO_FILES := -n 2 --dist loadfile
+
 .PHONY: setup demo test test-all test-slurm check bench bench-gpu format clean
 
 setup: $(READY)
@@ -20,11 +23,12 @@ demo: setup
 	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not slurm"
 
 test-all: setup
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_FILES) -m "not slurm"
+	$(BIN)/python -m pytest -m slurm
 
 # Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Six minutes.
 test-slurm: setup
