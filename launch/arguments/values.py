@@ -13,7 +13,7 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     (
         "ffn_hidden_size kv_channels num_query_groups num_key_value_heads make_vocab_size_divisible_by vocab_size "
         "padded_vocab_size rotary_base rope_theta rotary_seq_len_interpolation_factor recompute_num_layers "
-        "checkpoint_num_layers train_iters train_samples train_tokens exit_interval exit_duration_in_mins "
+        "checkpoint_num_layers train_iters train_samples train_tokens exit_interval "
         "log_interval save_interval eval_interval tensorboard_log_interval tensorboard_queue_size world_size "
         "distributed_timeout_minutes initial_loss_scale loss_scale_window hysteresis",
         "1 or more",
@@ -23,7 +23,8 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
         "vocab_extra_ids lr_decay_iters lr_decay_samples lr_decay_tokens lr_warmup_iters lr_warmup_samples "
         "lr_warmup_tokens lr_warmup_init lr_wsd_decay_iters lr_wsd_decay_samples min_lr weight_decay "
         "start_weight_decay end_weight_decay clip_grad loss_scale min_loss_scale init_method_std "
-        "embedding_init_method_std num_workers eval_iters ckpt_step zero_stage",
+        "embedding_init_method_std num_workers eval_iters ckpt_step zero_stage "
+        "exit_duration_in_mins",
         "0 or more",
         lambda value: value >= 0,
     ),
