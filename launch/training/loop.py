@@ -75,6 +75,8 @@ class Training:
         reason = None
         if not steps.skip_train:
             reason = self._train_on()
+            if hasattr(self.engine, "drain"):
+                self.engine.drain()  # the last evaluation, and the checkpoint, are of all updates
             self._save()
         if reason is None and steps.eval_iterations:
             for name, dataset in (("validation", self._valid), ("test", self._test)):

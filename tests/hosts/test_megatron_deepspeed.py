@@ -110,6 +110,9 @@ def config(gas, optimizer=OURS, **block):
 
 def train_in_tree(rank, tree, ds_config, iterations=5, tied=False):
     sys.path.insert(0, tree)
+    # The ranks are forked from a process that has imported megatron-core, which bears the same name.
+    for name in [name for name in sys.modules if name.split(".")[0] == "megatron"]:
+        del sys.modules[name]
     import megatron
     from megatron.training import setup, train
 
