@@ -167,7 +167,7 @@ def test_every_stage_counts_the_tokens_of_its_own_updates_as_a_synchronous_run_d
 def test_tied_embeddings_are_refused_with_megatrons_own_flag(tree):
     for kind, message in run_ranks(train_in_tree, 2, tree=tree, ds_config=config(1), tied=True, expect_errors=True):
         assert kind == "ConfigError"
-        assert "pass --untie-embeddings-and-output-weights, or take the block out" in message
+        assert "pass --untie-embeddings-and-output-weights, or set the schedule to '1f1b_flush'" in message
 
 
 @pytest.mark.multiproc
