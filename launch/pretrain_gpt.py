@@ -130,22 +130,21 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         if found.rank == 0:
             _say_why(settings, training.position.iteration, reason)
         leave()
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        _say_last_words(settings, found, training.position.iteration if training else 0)
+        _say_last_words(settings, found, training.position.iteration if training else 0, error)
         # Not to wait for peers on the way out: what is left to do would only hang.
         os._exit(1)
     return 0
 
 
-def _say_last_words(settings: Settings, found: Rendezvous, iteration: int) -> None:
-    from noflush.launch.training.last_words import missing_ranks
+def _say_last_words(settings: Settings, found: Rendezvous, iteration: int, error: Exception) -> None:
+    from noflush.launch.training.last_words import last_words
 
     each = settings.ranks.data * settings.ranks.tensor
     lines = [
-        f"noflush: stage {rank // each} (rank {rank} of {found.world_size}) is gone: killed, or it hangs; look at its "
-        "log and its node first"
-        for rank in missing_ranks(found.rank, found.world_size)
+        f"noflush: stage {rank // each} (rank {rank} of {found.world_size}) {reason}; look at its log and node first"
+        for rank, reason in last_words(error, found.rank, found.world_size).items()
     ]
     folder = settings.checkpoints.save or settings.checkpoints.load
     advice = f"start again with --load {folder}" if folder else "give --save and --load to lose less next time"

@@ -45,8 +45,9 @@ def exit_signals(name: str) -> tuple[int, ...]:
     Raises ValueError for a signal that does not exist.
     """
     number = signal_number(name)
-    if number is None:
-        raise ValueError(f"--exit-signal {name}: there is no such signal; use SIGTERM, SIGUSR1, ...")
+    if number in (None, signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"--exit-signal {name}: no signal that a program can hear; use SIGTERM, SIGUSR1, ...")
+    assert number is not None
     return tuple(sorted({int(number), int(signal.SIGUSR1)}))
 
 

@@ -83,6 +83,8 @@ def complete(
     _agree(of, ds, "gradient_clipping", of.values["clip_grad"], "--clip-grad", "clip_grad")
     ds.setdefault("steps_per_print", 1_000_000_000)
     _set_precision(of, ds, precision)
+    if precision == "bf16":
+        _sum_in_float32(of, ds)
     _set_zero(of, ds, precision)
     _set_optimizer(of, ds, optimizer)
     _check(of, ds, ranks, tied)
@@ -145,11 +147,25 @@ def _set_precision(of: Found, ds: dict[str, Any], precision: str) -> None:
         option = of.named["accumulate_allreduce_grads_in_fp32"]
         if precision != "bf16":
             of.notes.append(f"{option}: without effect in {precision}; it is for bf16")
-        elif ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32") not in ("fp32", "float32"):
+        elif ds.get("data_types", {}).get("grad_accum_dtype", "fp32") not in ("fp32", "float32"):
             of.faults.append(
                 f"data_types.grad_accum_dtype is {ds['data_types']['grad_accum_dtype']} in the DeepSpeed config, but "
                 f"{option} makes it fp32: take one of them out"
             )
+
+
+def _sum_in_float32(of: Found, ds: dict[str, Any]) -> None:
+    """bf16 gradients are added up and reduced in float32, as Megatron's are unless it is told otherwise."""
+    zero = ds.get("zero_optimization", {})
+    if zero.get("stage") == 0:
+        of.notes.append(
+            "zero_optimization.stage is 0: DeepSpeed's optimizer for that adds bf16 gradients up in bf16; leave it out "
+            "(or 1) to have them added up in float32"
+        )
+    else:
+        types = ds["data_types"] = dict(ds.get("data_types", {}))
+        types.setdefault("grad_accum_dtype", "fp32")
+    ds.setdefault("communication_data_type", "fp32")
 
 
 def _set_zero(of: Found, ds: dict[str, Any], precision: str) -> None:

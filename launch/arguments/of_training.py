@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from noflush.launch.arguments.rampup import iterations_for
 from noflush.launch.arguments.settings import Batch, Model, Optimizer, Ranks, Steps
 from noflush.launch.arguments.values import Values
 from noflush.launch.signals import exit_signals
@@ -64,7 +65,7 @@ def read_steps(of: Values, batch: Batch, model: Model) -> tuple[Steps, Optimizer
     elif of.train_iters and len(lengths) > 1:
         other = lengths[1]
         of.faults.append(f"--train-iters {of.train_iters} and {of.named[other]} {of.values[other]}: give one")
-    iterations = of.train_iters or samples // size
+    iterations = of.train_iters or iterations_for(batch, samples)
     if lengths and known and iterations < 1 and not batch.rampup:
         of.faults.append(f"{samples} samples are less than one global batch of {size}: train for longer")
     iterations = max(1, iterations)
@@ -107,7 +108,10 @@ def _recompute(of: Values) -> tuple[str | None, int]:
     full = of.recompute_granularity == "full" or old
     of.note_without(bool(full), "--recompute-granularity full", "recompute_num_layers", "checkpoint_num_layers")
     if full:
-        return of.recompute_method or "uniform", layers
+        method = of.recompute_method or "uniform"
+        if method == "uniform" and layers > 1:
+            of.notes.append(f"every layer is recomputed by itself, not {layers} together: it keeps each layer's input")
+        return method, layers
     if of.recompute_method:
         of.faults.append(f"--recompute-method {of.recompute_method} without --recompute-granularity full: add it")
     if of.recompute_granularity == "selective" or of.recompute_activations:

@@ -41,14 +41,21 @@ class _TiedEmbedding(_Seeded, TiedLayerSpec):  # type: ignore[misc]
 
 
 def layer_specs(
-    model: Model, seed: int, tensor_parallel: int = 1, stages: int = 1, recompute_block: int = 0
+    model: Model,
+    seed: int,
+    tensor_parallel: int = 1,
+    stages: int = 1,
+    recomputed: int = 0,
+    masked: bool = False,
 ) -> list[LayerSpec]:
     """Embedding, ``model.layers`` blocks, final norm and output layer, none built yet.
 
-    ``recompute_block``: so many first blocks of every stage recompute their activations.
+    ``recomputed``: so many first blocks of every stage recompute their activations; ``masked``: attention stops at ends
+    of documents.
     """
     config = transformer_config(model, tensor_parallel)
-    spec = layer_spec(model, transformer_engine_usable())
+    # Transformer Engine's causal attention would overlook a mask.
+    spec = layer_spec(model, transformer_engine_usable() and not masked)
     per_stage = model.layers // stages
     # Seeds far apart, so that runs with neighbouring seeds share no layer's draws.
     seeds = [seed * 100_003 + number for number in range(model.layers + 2)]
@@ -56,7 +63,7 @@ def layer_specs(
         _TiedEmbedding(seeds[0], config, model) if model.tied else _Layer(seeds[0], Embedding, config, model)
     ]
     for number in range(1, model.layers + 1):
-        recompute = (number - 1) % per_stage < recompute_block
+        recompute = (number - 1) % per_stage < recomputed
         layers.append(_Layer(seeds[number], Block, config, spec, model, number, recompute))
     layers.append(_Layer(seeds[-1], FinalNorm, config))
     if model.tied:
@@ -76,13 +83,12 @@ def build_pipeline(settings: Settings) -> PipelineModule:
             steps.seed,
             ranks.tensor,
             ranks.pipeline,
-            steps.recompute_layers if steps.recompute == "block" else 0,
+            {None: 0, "block": steps.recompute_layers, "uniform": settings.model.layers}[steps.recompute],
+            settings.data.reset_mask,
         ),
         topology=topology,
         loss_fn=NextTokenLoss(settings.model.loss_in_low_precision),
         partition_method="type:Block",
-        activation_checkpoint_interval=steps.recompute_layers if steps.recompute == "uniform" else 0,
-        checkpointable_layers=["Block"],
         seed_layers=False,
     )
 

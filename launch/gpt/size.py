@@ -83,6 +83,8 @@ def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
         stash = count * width * (schedule.versions_alive(stage) - 1)
         layers = model.layers // ranks.pipeline
         held = schedule.in_flight(stage) * _activations(settings, layers, width)
+        if settings.steps.recompute is not None:
+            held += _of_layer(settings, width)  # the one being recomputed
         if stage == ranks.pipeline - 1:
             # Logits, once in the model's dtype and once in float32 for the loss.
             held += model.sequence * settings.batch.micro * model.vocabulary // ranks.tensor * (width + 4)
@@ -90,20 +92,24 @@ def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
     return found
 
 
-def _activations(settings: Settings, layers: int, width: int) -> int:
-    """Of one micro-batch in ``layers`` layers."""
-    model, steps = settings.model, settings.steps
-    tokens = model.sequence * settings.batch.micro
-    boundary = tokens * model.hidden * width
+def _of_layer(settings: Settings, width: int) -> int:
+    """Of one micro-batch in one layer."""
+    model = settings.model
     # 34 = 10 outside the split part, 24 within it.
-    whole = 17 * boundary * (10 + 24 / settings.ranks.tensor) / 34
+    return int(model.sequence * settings.batch.micro * model.hidden * width * (10 + 24 / settings.ranks.tensor) / 2)
+
+
+def _activations(settings: Settings, layers: int, width: int) -> int:
+    """Of one micro-batch between its forward and its backward, in ``layers`` layers."""
+    model, steps = settings.model, settings.steps
+    boundary = model.sequence * settings.batch.micro * model.hidden * width
+    whole = _of_layer(settings, width)
     if steps.recompute is None:
         return int(layers * whole)
     if steps.recompute == "block":
         kept = max(0, layers - steps.recompute_layers)
         return int(kept * whole + (layers - kept) * boundary)
-    chunk = max(1, steps.recompute_layers)
-    return int(-(-layers // chunk) * boundary + chunk * whole / max(1, layers // chunk))
+    return int(layers * boundary)
 
 
 def _moments_in_bf16(settings: Settings) -> bool:

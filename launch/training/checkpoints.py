@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from noflush.checkpoint import LATEST, newest_complete, write_latest
+from noflush.checkpoint import LATEST, REPLACED, newest_complete, write_latest
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
 from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_model, write_tokens
 from noflush.launch.training.progress import Position
 from noflush.launch.training.random_state import random_state, restore
+
+_PARTIAL = ".partial"
 
 
 def tag_of(iteration: int) -> str:
@@ -25,16 +28,26 @@ def save(engine: Any, settings: Checkpoints, model: Model, tokens: Tokens, posit
     """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk."""
     assert settings.save is not None
     tag = tag_of(position.iteration)
+    folder, partial = Path(settings.save), f"{tag}{_PARTIAL}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / partial, ignore_errors=True)
+    dist.barrier()
     state = {"noflush": dataclasses.asdict(position)}
     if settings.save_rng:
         state["random_state"] = random_state()
-    engine.save_checkpoint(settings.save, tag=tag, client_state=state, save_latest=False)
-    if dist.get_rank() == 0:
-        write_model(Path(settings.save) / tag, model)
-        write_tokens(Path(settings.save) / tag, tokens)
+    engine.save_checkpoint(settings.save, tag=partial, client_state=state, save_latest=False)
     dist.barrier()
     if dist.get_rank() == 0:
-        write_latest(settings.save, tag)
+        write_model(folder / partial, model)
+        write_tokens(folder / partial, tokens)
+        # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
+        replaced = folder / f"{tag}{REPLACED}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if (folder / tag).exists():
+            (folder / tag).rename(replaced)
+        (folder / partial).rename(folder / tag)
+        write_latest(folder, tag)
+        shutil.rmtree(replaced, ignore_errors=True)
     # Nobody goes on to overwrite or to end before it is named.
     dist.barrier()
 
@@ -90,6 +103,13 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
         faults.append(
             f"--load {settings.load}: the checkpoint has {slices} tensor-parallel slices, and "
             f"--tensor-model-parallel-size is {ranks.tensor}; convert it by convert_checkpoint.py --to-hf and --from-hf"
+        )
+    files = len(list(checkpoint.glob("mp_rank_*_model_states.pt")))
+    stages = files // max(1, slices)
+    if files and slices == ranks.tensor and stages != ranks.pipeline and not (checkpoint / WEIGHTS_ALONE).exists():
+        faults.append(
+            f"--load {settings.load}: the checkpoint is of {stages} stages, and --pipeline-model-parallel-size is "
+            f"{ranks.pipeline}; its weights can be converted by convert_checkpoint.py --to-hf and --from-hf"
         )
     free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
     # What weights were drawn by says nothing of those that were loaded.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
 from noflush.launch.data.order import SampleOrder
@@ -23,8 +24,8 @@ from noflush.launch.training.progress import (
     floating_point_operations,
     log_line,
     norm_over,
+    skipped_between,
 )
-from noflush.launch.training.schedule import batch_size_at
 from noflush.launch.training.stop import Stop
 from noflush.launch.training.writers import Writers, chosen
 
@@ -65,7 +66,6 @@ class Training:
         self._stop = Stop(settings.steps, signals, engine)
         self._losses: list[torch.Tensor] = []
         self._figures: Sequence[Any] = ()
-        self._skipped = 0
         self._spent = 0.0
         self._saved_at: int | None = position.iteration or None
 
@@ -86,17 +86,14 @@ class Training:
         return reason
 
     def _done(self) -> bool:
-        steps, position = self.settings.steps, self.position
-        if self.settings.batch.rampup and steps.by_samples:
-            return position.consumed >= steps.samples
-        return position.iteration >= steps.iterations
+        return self.position.iteration >= self.settings.steps.iterations
 
     def _train_on(self) -> str | None:
         steps, position = self.settings.steps, self.position
         data = self._stream(self._train, position.consumed)
         self._log_start()
         while not self._done():
-            size = batch_size_at(self.settings, position.consumed)
+            size = batch_size_at(self.settings.batch, position.consumed)
             if size != self.engine.train_batch_size():
                 self.engine.set_train_batch_size(size)
             begin = time.perf_counter()
@@ -107,13 +104,13 @@ class Training:
             self._losses.append(loss.detach())
             if position.iteration % steps.log_every == 0:
                 self._log(size)
-            reason = self._stop.reason(position.iteration)
-            if reason is not None:
-                return None if self._done() else reason
             if steps.eval_iterations and position.iteration % steps.eval_every == 0 and not self._done():
                 self._evaluate("validation", self._valid, position.iteration)
             if steps.save_every and position.iteration % steps.save_every == 0:
                 self._save()
+            reason = self._stop.reason(position.iteration)
+            if reason is not None:
+                return None if self._done() else reason
         return None
 
     def _stream(self, dataset: Any, consumed: int) -> Iterator[MicroBatch] | None:
@@ -143,18 +140,17 @@ class Training:
                 say(f"saved {where} in {time.perf_counter() - begin:.1f} s")
 
     def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:
-        """Mean loss over ``eval_iters`` global batches, from where the last validation ended; nothing drains."""
+        """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""
         steps, position = self.settings.steps, self.position
-        size = self.settings.batch.global_size
-        consumed = position.consumed_validation if name == "validation" else 0
-        data = self._stream(dataset, consumed)
+        needed = steps.eval_iterations * self.settings.batch.global_size
+        # From the iteration alone, so that a resumed run evaluates as one that was not stopped.
+        start = (iteration - 1) // steps.eval_every * needed if name == "validation" else 0
+        data = None if dataset is None else self._stream(dataset, _start_within(len(dataset), start, needed))
         if not _agreed(self.engine, dataset is not None):
             return
         # All micro-batches in one go: the evaluation's own pipeline fills once.
-        count = steps.eval_iterations * size // (self.settings.batch.micro * self.settings.ranks.data)
+        count = needed // (self.settings.batch.micro * self.settings.ranks.data)
         loss = self.engine.eval_batch(data, num_micro_batches=count, bcast_loss=False)
-        if name == "validation":
-            position.consumed_validation += steps.eval_iterations * size
         if self._logs:
             mean = float(loss)
             perplexity = math.exp(min(20.0, mean))
@@ -167,7 +163,6 @@ class Training:
 
     def _log_start(self) -> None:
         self._figures = getattr(self.engine, "figures", ())
-        self._skipped = sum(figure.skipped for figure in self._figures)
 
     def _log(self, size: int) -> None:
         losses, self._losses = self._losses, []
@@ -178,7 +173,6 @@ class Training:
         values = torch.stack(losses).float().cpu()
         finite = values[values.isfinite()]
         figures = getattr(self.engine, "figures", ())
-        skipped = sum(figure.skipped for figure in figures)
         operations = floating_point_operations(
             settings.model.layers, settings.model.hidden, settings.model.sequence, self._parameters
         )
@@ -191,13 +185,13 @@ class Training:
             loss=finite.mean().item() if len(finite) else math.nan,
             scale=_scale(self.engine),
             norm=norm_over(figures),
-            skipped=skipped - self._skipped,
+            skipped=skipped_between(self._figures, figures),
             nans=count - len(finite),
             bubble=bubble_between(self._figures, figures) if figures else None,
             delay=schedule.max_delay(0) if schedule else 0,
             teraflops=operations * size / seconds / 1e12 / settings.ranks.world if settings.logs.throughput else None,
         )
-        self._figures, self._skipped = figures, skipped
+        self._figures = figures
         say(log_line(position, settings.steps.iterations, interval, datetime.now()))
         assert self._writers
         if position.iteration % settings.logs.tensorboard_every == 0 or settings.steps.log_every > 1:
@@ -220,6 +214,16 @@ class Training:
 def _scale(engine: Any) -> float:
     optimizer = engine.optimizer
     return float(getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None) or 1.0)
+
+
+def _start_within(samples: int, start: int, needed: int) -> int:
+    """``start``, or where ``needed`` samples are left if ``samples`` end before (after a longer --eval-interval)."""
+    if needed > samples:
+        raise ValueError(
+            f"an evaluation of --eval-iters global batches needs {needed} samples, and there are {samples}: lower "
+            "--eval-iters, or give more validation data"
+        )
+    return start if start + needed <= samples else start % (samples - needed + 1)
 
 
 def _agreed(engine: Any, mine: bool) -> bool:

@@ -16,7 +16,6 @@ class Position:
 
     iteration: int = 0
     consumed: int = 0
-    consumed_validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Interval:
         seconds: an iteration took on average.
         loss: mean over the finite ones; nan if there were none.
         norm: gradient norm over all stages, of their newest updates that were read; None before any.
-        skipped, nans: iterations whose update some stage skipped; whose loss was not finite.
+        skipped, nans: updates skipped by the stage that skipped most; iterations whose loss was not finite.
         bubble: share of the time in which stages did not compute, over all of them; None where nobody measures it.
         delay: of the first stage, in updates.
     """
@@ -79,6 +78,12 @@ def bubble_between(before: Sequence[StageFigures], now: Sequence[StageFigures]) 
     spent = sum(b.spent_ns - a.spent_ns for a, b in zip(before, now, strict=True))
     busy = sum(b.busy_ns - a.busy_ns for a, b in zip(before, now, strict=True))
     return 1 - busy / spent if spent > 0 else None
+
+
+def skipped_between(before: Sequence[StageFigures], now: Sequence[StageFigures]) -> int:
+    """Updates skipped between two sets of figures by the stage that skipped most: one overflow may cost several."""
+    counts = [stage.skipped for stage in before] or [0] * len(now)
+    return max((b.skipped - a for a, b in zip(counts, now, strict=True)), default=0)
 
 
 def norm_over(stages: Sequence[StageFigures]) -> float | None:

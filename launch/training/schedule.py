@@ -36,15 +36,3 @@ def schedule_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
         )
 
     return make
-
-
-def batch_size_at(settings: Settings, consumed: int) -> int:
-    """Global batch size after ``consumed`` samples (``--rampup-batch-size``: linear in them, in whole increments)."""
-    batch = settings.batch
-    if batch.rampup is None:
-        return batch.global_size
-    start, increment, samples = batch.rampup
-    if consumed > samples or start == batch.global_size:
-        return batch.global_size
-    steps = int(consumed / (samples / ((batch.global_size - start) // increment)))
-    return min(batch.global_size, start + steps * increment)

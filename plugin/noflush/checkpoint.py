@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 LATEST = "latest"
+REPLACED = ".replaced"
+"""Behind the tag of a checkpoint that is making room for a new one of its name."""
 
 
 def write_latest(folder: str | Path, tag: str) -> None:
@@ -22,4 +24,9 @@ def write_latest(folder: str | Path, tag: str) -> None:
 def newest_complete(folder: str | Path) -> str | None:
     """The tag of the newest complete checkpoint in ``folder``; None if it holds none."""
     path = Path(folder) / LATEST
-    return path.read_text().strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    tag = path.read_text().strip()
+    if not (path.parent / tag).exists() and (path.parent / f"{tag}{REPLACED}").exists():
+        return f"{tag}{REPLACED}"
+    return tag

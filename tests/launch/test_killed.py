@@ -76,7 +76,7 @@ def kill_and_resume(folder, seed, undisturbed):
             assert f"noflush: stage {rank} (rank {rank} of {STAGES}) ends" in run.text(rank), run.text(rank)
         if run.losses():  # they had met: somebody saw who was missing
             texts = [run.text(rank) for rank in survivors]
-            assert any(f"stage {victim} (rank {victim} of {STAGES}) is gone" in text for text in texts), (
+            assert any(f"stage {victim} (rank {victim} of {STAGES}) is gone: killed" in text for text in texts), (
                 f"{context}\n" + "\n".join(texts)
             )
     check_complete(save)

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from noflush.checkpoint import newest_complete
+from noflush.launch.arguments.rampup import batch_size_at, iterations_for
 from noflush.launch.arguments.understand import understand
-from noflush.launch.training.schedule import batch_size_at
 from tests.launch.megatron import NADAMW, SMALL
 from tests.launch.processes import Run
 
@@ -144,4 +144,10 @@ def test_the_ramp_is_that_of_megatron_core(tmp_path):
     theirs = RampupBatchsizeNumMicroBatchesCalculator(48, 2, 1, False, 0, 16, 8, 1000)
     for consumed in [*range(0, 1100, 7), 249, 250, 251, 1000, 1001]:
         theirs.update(consumed, consistency_check=False)
-        assert batch_size_at(settings, consumed) == theirs.get_current_global_batch_size(), consumed
+        assert batch_size_at(settings.batch, consumed) == theirs.get_current_global_batch_size(), consumed
+    for samples in (16, 100, 1000, 1500, 5000):
+        iterations = consumed = 0
+        while consumed + batch_size_at(settings.batch, consumed) <= samples:
+            consumed += batch_size_at(settings.batch, consumed)
+            iterations += 1
+        assert iterations_for(settings.batch, samples) == iterations

@@ -1,0 +1,131 @@
+"""How a run ends and what it leaves: whose fault it was, whole checkpoints, and an evaluation that goes on."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from noflush.checkpoint import REPLACED, newest_complete, write_latest
+from noflush.launch.arguments.parser import ArgumentsError
+from noflush.launch.pretrain_gpt import settings_of
+from tests.launch.megatron import settings
+from tests.launch.processes import Run
+from tests.launch.test_pretrain import arguments, finish
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(280)]
+MORE = "--mock-data --pipeline-model-parallel-size 2"
+
+
+def _fail_alone(rank, run):
+    """What the ranks say when rank 1 alone has a fault of its own."""
+    from noflush.launch.training.last_words import last_words
+    from noflush.launch.training.start import join
+
+    join(run.ranks)
+    try:
+        if rank == 1:
+            raise OSError("No space left on device\nand more")
+        torch.distributed.barrier()
+    except Exception as error:
+        said = last_words(error, rank, 2)
+        if rank == 1:
+            torch.distributed.destroy_process_group()  # as its end would
+        return said
+
+
+def test_a_rank_with_a_fault_of_its_own_accuses_nobody(tmp_path):
+    run = settings("--pipeline-model-parallel-size 2", 2, tmp_path)
+    results = run_ranks(_fail_alone, 2, run=run, expect_errors=True)
+    assert results[1] == {1: "failed: OSError: No space left on device"}
+
+
+def test_errors_about_peers_are_told_from_a_ranks_own():
+    from noflush.channels import PeerError
+    from noflush.launch.training.last_words import is_about_peers
+
+    gloo = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:16769")
+    assert all(is_about_peers(e) for e in (PeerError("x"), gloo, torch.distributed.DistNetworkError("x")))
+    own = (OSError("No space left"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), StopIteration())
+    assert not any(is_about_peers(e) for e in own)
+
+
+def test_a_checkpoint_of_a_name_that_is_there_replaces_it_whole(tmp_path):
+    save = tmp_path / "save"
+    finish(Run(arguments(tmp_path, f"{MORE} --train-iters 4 --save {save} --save-interval 2"), 2, tmp_path, "first"))
+    (save / "global_step4" / "stale.pt").write_text("of another layout")
+    again = f"{MORE} --train-iters 4 --save {save} --load {save} --ckpt-step 2"
+    finish(Run(arguments(tmp_path, again), 2, tmp_path, "again"))
+    assert newest_complete(save) == "global_step4"
+    assert not (save / "global_step4" / "stale.pt").exists()
+    assert sorted(path.name for path in save.iterdir() if path.is_dir()) == ["global_step2", "global_step4"]
+
+
+def test_while_one_makes_room_for_another_it_is_still_found(tmp_path):
+    (tmp_path / f"global_step4{REPLACED}").mkdir()
+    write_latest(tmp_path, "global_step4")
+    assert newest_complete(tmp_path) == f"global_step4{REPLACED}"
+    (tmp_path / "global_step4").mkdir()
+    assert newest_complete(tmp_path) == "global_step4"
+
+
+def test_a_checkpoint_of_other_stages_is_refused(tmp_path):
+    save = tmp_path / "save"
+    finish(Run(arguments(tmp_path, f"{MORE} --train-iters 2 --lr-warmup-iters 0 --save {save}"), 2, tmp_path, "two"))
+    with pytest.raises(ArgumentsError, match="is of 2 stages, and --pipeline-model-parallel-size is 1"):
+        settings_of(arguments(tmp_path, f"--mock-data --train-iters 4 --lr-warmup-iters 0 --load {save}"), 1)
+
+
+def test_a_stop_at_an_evaluation_evaluates_and_later_ones_go_on(tmp_path):
+    save = tmp_path / "save"
+    more = f"{MORE} --train-iters 8 --eval-iters 2 --eval-interval 2 --save {save} --save-interval 4"
+    validated = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
+    whole = Run(arguments(tmp_path, more), 2, tmp_path, "whole")
+    finish(whole)
+    stopped = Run(arguments(tmp_path, f"{more} --exit-interval 4 --save {save}2"), 2, tmp_path, "stopped")
+    finish(stopped)
+    resumed = Run(arguments(tmp_path, f"{more} --save {save}2 --load {save}2"), 2, tmp_path, "resumed")
+    finish(resumed)
+    assert validated.findall(stopped.text(-1)) + validated.findall(resumed.text(-1)) == validated.findall(
+        whole.text(-1)
+    )
+
+
+def _dtypes(rank, run):
+    from noflush import stage_update
+    from noflush.launch.training.start import build_engine, join
+
+    join(run.ranks)
+    engine = build_engine(run)
+    update = engine._nf_update
+    assert isinstance(update, stage_update.FusedUpdate)
+    return update._wire, engine._nf_weights.collect_gradients()[0].dtype
+
+
+@pytest.mark.parametrize("more", ["", "--accumulate-allreduce-grads-in-fp32", "--use-distributed-optimizer"])
+def test_bf16_gradients_are_added_up_and_reduced_in_float32(more, tmp_path):
+    run = settings(f"--bf16 --global-batch-size 4 {more}", 2, tmp_path)
+    assert run_ranks(_dtypes, 2, run=run) == [(torch.float32, torch.float32)] * 2
+
+
+@pytest.mark.parametrize(("how", "expected"), [("uniform", 4), ("block", 2)])
+def test_as_many_layers_recompute_as_are_asked_for(how, expected, tmp_path):
+    more = f"--recompute-granularity full --recompute-method {how} --recompute-num-layers 2"
+    run = settings(more, 1, tmp_path)
+    assert run_ranks(_recomputed, 1, run=run) == [expected]
+
+
+def _recomputed(rank, run):
+    from noflush.launch.gpt.pipeline import build_pipeline
+    from noflush.launch.training.start import join
+
+    join(run.ranks)
+    return sum(getattr(layer, "_recompute", False) for layer in build_pipeline(run).forward_funcs)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "STOP", "9"])
+def test_a_signal_nobody_can_hear_is_no_exit_signal(name, tmp_path):
+    with pytest.raises(ArgumentsError, match=f"--exit-signal {name}: no signal that a program can hear"):
+        settings_of(arguments(tmp_path, f"{MORE} --train-iters 2 --exit-signal-handler --exit-signal {name}"), 2)
