@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Two files at a time: tests of many ranks wait a good part of their time.
-TWO_FILES := -n 2 --dist loadfile
+# Two at a time: tests of many ranks wait a good part of theirs. A worker that is done takes over from the other.
+TWO := -n 2 --dist worksteal
 
 .PHONY: setup demo test test-all test-slurm check bench bench-gpu format clean
 
@@ -23,11 +23,11 @@ demo: setup
 	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
 
 test: setup
-	$(BIN)/python -m pytest $(TWO_FILES) -m "not slow and not slurm"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not slurm"
 
 test-all: setup
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest $(TWO_FILES) -m "not slurm"
+	$(BIN)/python -m pytest $(TWO) -m "not slurm"
 	$(BIN)/python -m pytest -m slurm
 
 # Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Six minutes.
