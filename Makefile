@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Two at a time: tests of many ranks wait a good part of theirs. A worker that is done takes over from the other.
-TWO := -n 2 --dist worksteal
+# Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-all test-slurm check bench bench-gpu format clean
 

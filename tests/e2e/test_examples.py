@@ -50,7 +50,8 @@ def test_the_same_script_without_the_block_is_stock():
     assert "bubble:" not in out
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+# The demo goes through DeepSpeed's launcher always.
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.slow), "torchrun"])
 def test_pretrain_gpt_through_both_launchers(launcher, tmp_path):
     arguments = ["--mock-data", "--vocab-size", "63", "--train-iters", "2", "--lr", "1e-3", "--num-workers", "0"]
     arguments += ["--pipeline-model-parallel-size", "2", "--eval-iters", "0", "--log-interval", "1"]

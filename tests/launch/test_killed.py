@@ -88,12 +88,12 @@ def kill_and_resume(folder, seed, undisturbed):
     assert newest_complete(save) == f"global_step{ITERATIONS}"
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_a_killed_rank(seed, tmp_path, undisturbed):
     kill_and_resume(tmp_path, seed, undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 20))
+@pytest.mark.parametrize("seed", range(1, 20))
 def test_a_killed_rank_at_more_moments(seed, tmp_path, undisturbed):
     kill_and_resume(tmp_path, seed, undisturbed)

@@ -217,8 +217,21 @@ def train(rank, argv):
     return reason, training.position.iteration, losses, built, type(training.engine).__module__
 
 
+# Half of them always: both repositories, with and without the flush, tensor parallel, float32, bf16 and fp16.
+ALWAYS = {
+    "lm_gpt3_175b",
+    "lm_llama3_8b_fp8",
+    "mds_gpt_345m_mp",
+    "mds_gpt3_175b",
+    "mds_llama2",
+    "mds_universal_llama_bf16",
+}
+
+
 @pytest.mark.multiproc
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_trains_two_iterations(name, places, tmp_path, monkeypatch):
     argv = arguments(name, places, tmp_path)
     settings, _ = settings_of(argv, WORLD)

@@ -107,7 +107,10 @@ WRONG = {
     "optimizer": ("--optimizer muon", '--optimizer muon: use adam or sgd, or an "optimizer" section'),
     "log interval": ("--log-interval 0", "--log-interval is 0: it must be 1 or more"),
     "recompute method": ("--recompute-method block", "--recompute-method block without --recompute-granularity full"),
-    "exit signal": ("--exit-signal-handler --exit-signal SIGNAL", "--exit-signal SIGNAL: no signal that a program can hear"),
+    "exit signal": (
+        "--exit-signal-handler --exit-signal SIGNAL",
+        "--exit-signal SIGNAL: no signal that a program can hear",
+    ),
     "world size": ("--world-size 2", "--world-size goes with --dry-run alone"),
     # Precision.
     "fp16 and bf16": ("--fp16 --bf16", "--fp16 and --bf16: give one"),
