@@ -217,7 +217,7 @@ def train(rank, argv):
     return reason, training.position.iteration, losses, built, type(training.engine).__module__
 
 
-# Half of them always: both repositories, with and without the flush, tensor parallel, float32, bf16 and fp16.
+# Half of them always: both repositories, with and without the flush, tensor parallel.
 ALWAYS = {
     "lm_gpt3_175b",
     "lm_llama3_8b_fp8",
