@@ -103,7 +103,15 @@ def one_thread():
 WHERE = [(2, 1), (4, 1), (2, 2)]
 
 
-@pytest.mark.parametrize(("stages", "replicas", "name"), [(*w, name) for w in WHERE for name in cases(*w)])
+# Replicas with every keeper of weights take a minute and more; in `make test` their checkpoints stand for them.
+@pytest.mark.parametrize(
+    ("stages", "replicas", "name"),
+    [
+        pytest.param(*where, name, marks=[pytest.mark.slow] if where[1] > 1 else [])
+        for where in WHERE
+        for name in cases(*where)
+    ],
+)
 def test_equals_the_simulator(stages, replicas, name):
     gas, block, _, (_, make_optimizer), precision, clip = cases(stages, replicas)[name]
     losses, weights = t.simulate(
