@@ -32,10 +32,15 @@ class MegatronChangedError(RuntimeError):
     """Megatron-DeepSpeed is not of the shape that noflush knows."""
 
     def __init__(self, missing: str) -> None:
+        self.missing = missing
         super().__init__(
             f"noflush found {'.'.join(_MODEL)}, but not {missing} (tested: Megatron-DeepSpeed at commit {TESTED}). "
             "Check that commit out, or take async_pipeline out of the DeepSpeed config"
         )
+
+    def __reduce__(self) -> tuple[type[MegatronChangedError], tuple[str]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.missing,)
 
 
 def arguments_of(model: Any) -> Any:

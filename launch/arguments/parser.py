@@ -26,6 +26,10 @@ class ArgumentsError(ValueError):
         self.faults = faults
         super().__init__("\n".join(["these arguments cannot be trained with:", *(f"  - {fault}" for fault in faults)]))
 
+    def __reduce__(self) -> tuple[type[ArgumentsError], tuple[list[str]]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.faults,)
+
 
 @dataclass(frozen=True)
 class Given:

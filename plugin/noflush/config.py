@@ -6,6 +6,7 @@ Pure: no torch, no host. What the host knows about a run reaches the checks as a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from noflush.schedule import Schedule, ScheduleName, WeightPolicy
+from noflush.schedule import MOST_IN_FLIGHT, Schedule, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
 OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG", "PipeDreamAdamW")
@@ -27,6 +28,10 @@ class ConfigError(ValueError):
         self.faults = faults
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         super().__init__(f"noflush refuses this configuration ({count}):\n" + "\n".join(f"  - {f}" for f in faults))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.faults,)
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -44,7 +49,7 @@ class AsyncPipelineConfig:
     weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
 
     extra_in_flight: int = 0
-    """Micro-batches in flight at stage 0 beyond one a stage; hides link latency at the price of delay."""
+    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
 
     clip: Literal["stage"] = "stage"
     """How ``gradient_clipping`` is applied: each stage clips by the norm of its own gradients."""
@@ -57,8 +62,8 @@ class AsyncPipelineConfig:
     """Folder for one trace file a rank (the newest events only); None writes none."""
 
     peer_timeout_s: float = 1800.0
-    """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both.
-    A neighbour's own work between calls (evaluation, data) counts; one that died is noticed at once."""
+    """Seconds (1 to 604800, a week) a stage waits for a message of a neighbour before it ends the job with an error
+    that names both. A neighbour's own work between calls (evaluation, data) counts; a dead one is noticed at once."""
 
     max_skipped_updates: int = 100
     """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
@@ -216,15 +221,25 @@ def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, 
     return f"{BLOCK}.{key} is {value!r}: {rule}"
 
 
+_RANGES = {
+    "extra_in_flight": (0, MOST_IN_FLIGHT, ""),
+    "peer_timeout_s": (1, 7 * 24 * 3600, " seconds"),
+    "max_skipped_updates": (1, 10**9, ""),
+}
+
+
 def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
-    faults = []
-    if config.extra_in_flight < 0:
-        faults.append(f"{BLOCK}.extra_in_flight is {config.extra_in_flight}: it must be 0 or more")
-    if not config.peer_timeout_s > 0:
-        faults.append(f"{BLOCK}.peer_timeout_s is {config.peer_timeout_s}: it must be more than 0 seconds")
-    if config.max_skipped_updates < 1:
-        faults.append(f"{BLOCK}.max_skipped_updates is {config.max_skipped_updates}: it must be 1 or more")
-    return faults
+    return [
+        f"{BLOCK}.{name} is {getattr(config, name)}: it must be from {least} to {most}{unit}"
+        for name, (least, most, unit) in _RANGES.items()
+        if not least <= getattr(config, name) <= most
+    ]
+
+
+def _is_number(value: Any, whole: bool = False, least: float = 0.0) -> bool:
+    """Whether ``value`` is a finite number of at least ``least``."""
+    kind = int if whole else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
 
 
 def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
@@ -248,12 +263,24 @@ def _at(config: Mapping[str, Any], *path: str) -> Any:
 
 def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     faults = []
-    gas = ds.get("gradient_accumulation_steps", 1)
-    if isinstance(gas, bool) or not isinstance(gas, int) or gas < 1:
-        faults.append(f"gradient_accumulation_steps is {gas!r}: it must be a whole number, 1 or more")
+    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
+        # "auto" is for whoever completes the config (the launcher, transformers); DeepSpeed sees a number.
+        size = ds.get(key, "auto")
+        if size not in ("auto", None) and not _is_number(size, whole=True, least=1):
+            faults.append(f"{key} is {size!r}: it must be a whole number, 1 or more")
     clipping = ds.get("gradient_clipping", 1.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
-        faults.append(f"gradient_clipping is {clipping!r}: it must be a number, 0 (off) or more")
+    if clipping != "auto" and not _is_number(clipping):
+        faults.append(f"gradient_clipping is {clipping!r}: it must be a finite number, 0 (off) or more")
+    for section, key in (
+        ("fp16", "loss_scale"),
+        ("fp16", "initial_scale_power"),
+        ("fp16", "loss_scale_window"),
+        ("fp16", "hysteresis"),
+        ("fp16", "min_loss_scale"),
+    ):
+        value = _at(ds, section, key)
+        if value not in ("auto", None) and not _is_number(value):
+            faults.append(f"{section}.{key} is {value!r}: it must be a finite number, 0 or more")
     zero = _at(ds, "zero_optimization", "stage")
     if ds.get("zero_optimization") is True:  # an old spelling of stage 1
         zero = 1
