@@ -51,8 +51,14 @@ class AsyncPipelineConfig:
     extra_in_flight: int = 0
     """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
 
-    clip: Literal["stage"] = "stage"
-    """How ``gradient_clipping`` is applied: each stage clips by the norm of its own gradients."""
+    clip: Literal["stage", "global"] = "stage"
+    """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
+    by the norm of all stages' gradients, which exists with schedule ``1f1b_flush`` alone."""
+
+    optimizer: dict[str, Any] | None = None
+    """For scripts that pass an optimizer of their own to `deepspeed.initialize`: the rule of noflush's that takes its
+    place, as ``{"type": "DelayAwareNAdamW", "params": {...}}``. It keeps the script's parameter groups, and the
+    script's schedule sets their learning rate and weight decay. None leaves the script's optimizer."""
 
     kernel: Literal["auto", "triton", "compile", "torch"] = "auto"
     """What computes the update of noflush's own optimizers: ``triton`` (one fused pass; GPUs), ``compile``
@@ -143,10 +149,20 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "to deepspeed.initialize"
         )
     named = _at(ds_config, "optimizer", "type")
-    if facts.client_optimizer and named in OUR_OPTIMIZERS:
+    if facts.client_optimizer and named in OUR_OPTIMIZERS and config is not None and config.optimizer is None:
         faults.append(
             f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
             "which DeepSpeed then uses: take one of the two out"
+        )
+    if config and config.optimizer is not None and not facts.client_optimizer:
+        faults.append(
+            f"{BLOCK}.optimizer takes the place of an optimizer that the script passes to deepspeed.initialize, and it "
+            'passes none: name the rule in the "optimizer" section instead'
+        )
+    if config and config.clip == "global" and config.schedule == "1f1b_no_flush":
+        faults.append(
+            f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
+            "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
         )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
@@ -201,10 +217,6 @@ def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConf
 _LATER = {
     ("extra_in_flight", "auto"): "measuring the link to choose the depth comes later; give a number (0 to start)",
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
-    ("clip", "global"): (
-        "without a flush the stages' gradients belong to different batches, so there is no global norm to clip by; "
-        "use 'stage'"
-    ),
 }
 
 
@@ -229,11 +241,25 @@ _RANGES = {
 
 
 def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
-    return [
+    faults = [
         f"{BLOCK}.{name} is {getattr(config, name)}: it must be from {least} to {most}{unit}"
         for name, (least, most, unit) in _RANGES.items()
         if not least <= getattr(config, name) <= most
     ]
+    rule = config.optimizer
+    if rule is not None and (rule.get("type") not in OUR_OPTIMIZERS or not isinstance(rule.get("params", {}), Mapping)):
+        faults.append(
+            f'{BLOCK}.optimizer is {rule!r}: it must be {{"type": ..., "params": {{...}}}} with one of '
+            f"{', '.join(OUR_OPTIMIZERS)}"
+        )
+    elif rule is not None and (unknown := rule.keys() - {"type", "params"}):
+        faults.append(f"{BLOCK}.optimizer.{sorted(unknown)[0]} is not a key: the keys are type, params")
+    elif rule is not None and (set_elsewhere := {"lr", "weight_decay"} & rule.get("params", {}).keys()):
+        faults.append(
+            f"{BLOCK}.optimizer.params.{sorted(set_elsewhere)[0]} is set: learning rate and weight decay are those of "
+            "the script's parameter groups and schedule; take it out"
+        )
+    return faults
 
 
 def _is_number(value: Any, whole: bool = False, least: float = 0.0) -> bool:

@@ -25,6 +25,7 @@ GOOD = {
     "async_pipeline": {"enabled": True},
 }
 FACTS = RunFacts(stages=4, layers=8)
+CLIENT = RunFacts(stages=4, layers=8, client_optimizer=True)
 
 
 def with_block(**block):
@@ -93,7 +94,13 @@ WRONG = {
     "depth auto": (with_block(extra_in_flight="auto"), FACTS, "'auto': measuring the link .* comes later; give a number"),
     "depth of the wrong type": (with_block(extra_in_flight=1.5), FACTS, "extra_in_flight is 1.5: input should be a valid int"),
     "depth is a bool": (with_block(extra_in_flight=True), FACTS, "extra_in_flight is True: input should be a valid int"),
-    "global clip": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage'"),
+    "global clip without a flush": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage', or schedule"),
+    "unknown clip": (with_block(clip="value"), FACTS, "clip is 'value': input should be 'stage' or 'global'"),
+    "a rule for nobody": (with_block(optimizer={"type": "DelayAwareNAG"}), FACTS, "the script passes to deepspeed.initialize, and it passes none"),
+    "a rule of another's": (with_block(optimizer={"type": "Adam"}), CLIENT, "'Adam'}: it must be .* with one of DelayAwareNAdamW"),
+    "a rule by name alone": (with_block(optimizer="DelayAwareNAG"), CLIENT, "optimizer is 'DelayAwareNAG': input should be a valid dict"),
+    "a rule with another key": (with_block(optimizer={"type": "DelayAwareNAG", "lr": 1}), CLIENT, "optimizer.lr is not a key"),
+    "a rule that sets what the schedule sets": (with_block(optimizer={"type": "DelayAwareNAG", "params": {"lr": 1}}), CLIENT, "params.lr is set: learning rate"),
     "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto', 'triton', 'compile' or 'torch'"),
     "kernel for another's optimizer": (with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}, FACTS, "'Adam' updates by itself"),
     "no skip allowed": (with_block(max_skipped_updates=0), FACTS, "max_skipped_updates is 0: it must be from 1 to"),
