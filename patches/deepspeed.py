@@ -135,10 +135,15 @@ def missing_seams() -> list[str]:
     missing = []
     if version < OLDEST_DEEPSPEED:
         missing.append(f"version {'.'.join(map(str, OLDEST_DEEPSPEED))} or newer")
-    if "PipelineEngine" not in deepspeed.initialize.__code__.co_names:
+    code = getattr(getattr(deepspeed, "initialize", None), "__code__", None)
+    if code is None or "PipelineEngine" not in code.co_names:
         missing.append("deepspeed.initialize looking up PipelineEngine when called")
     for (module, owner), names in _NEEDED.items():
-        found = getattr(importlib.import_module(module), owner, None)
+        try:
+            found = getattr(importlib.import_module(module), owner, None)
+        except ImportError as error:
+            missing.append(f"{module} ({error})")
+            continue
         missing += [f"{module}.{owner}.{name}" for name in names if not hasattr(found, name)]
     return missing
 
