@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from noflush.host_optimizers import refusal
 from noflush.schedule import MOST_IN_FLIGHT, Schedule, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
@@ -339,11 +340,10 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
         faults.append("compile.deepcompile is true: it rewrites where parameters live; switch it off")
     if ds.get("managed_gradient_accumulation", True) is not True:
         faults.append("managed_gradient_accumulation is false: noflush owns the update interval; leave it out")
-    if _at(ds, "optimizer", "type") == "LBFGS":
-        faults.append(
-            "optimizer.type is 'LBFGS': it evaluates the loss several times a step, which a pipeline cannot do; "
-            "choose DelayAwareNAdamW, AdamW or another one-gradient method"
-        )
+    named = _at(ds, "optimizer", "type")
+    flattened_by = "fp16" if _at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero == 1 else None
+    if why := refusal(named, flattened_by):
+        faults.append(f"optimizer.type is {named!r}: {why}")
     return faults
 
 
