@@ -21,11 +21,11 @@ def shared_untied(model: Any) -> list[str]:
                 holders.setdefault(id(parameter), []).append(index)
                 names.setdefault(id(parameter), f"{type(layer).__name__}.{name}")
     lines = []
-    for parameter, layers in holders.items():
+    for shared, layers in holders.items():
         stages = sorted({stage_of(model.parts, layer) for layer in layers})
         if len(stages) > 1:
             lines.append(
-                f"{names[parameter]} is shared by layers {' and '.join(map(str, layers))}, which lie on stages "
+                f"{names[shared]} is shared by layers {' and '.join(map(str, layers))}, which lie on stages "
                 f"{' and '.join(map(str, stages))}: each stage trains a copy of its own; share it by TiedLayerSpec"
             )
     return lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["exact", "refused", "not tried"]
+Verdict = Literal["exact", "to rounding", "refused", "not tried"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ HOST_OPTIMIZERS = {
     "Adafactor": HostOptimizer(flat="refused", why=_BY_MATRIX),
     "Lamb": HostOptimizer("not tried", "refused", why=_BY_MATRIX),
     "Muon": HostOptimizer(
-        flat="refused",
+        "to rounding",  # its step is compiled anew for each set of shapes, and sums in another order
+        "refused",
         why="DeepSpeed's {} moves its momentum while gradients are being gathered, before anybody knows whether the "
         "update will be skipped or clipped; train in float32 without ZeRO, or choose another",
     ),
