@@ -44,7 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="--from-hf: copy the embedding's last row until N x the tensor-parallel size divides it",
+        help="--from-hf: add rows that are no token's, without probability, until N x the tensor-parallel size divides "
+        "the vocabulary (default: %(default)s)",
     )
     return parser
 
@@ -101,8 +102,7 @@ def from_hf(folder: str, out: str, dtype: str | None, tensor_parallel: int = 1, 
     from noflush.launch.convert.hugging_face import from_hugging_face
 
     state, model = from_hugging_face(*read_folder(folder))
-    if vocabulary_multiple > 1:
-        state, model = pad_vocabulary(state, model, vocabulary_multiple * tensor_parallel)
+    state, model = pad_vocabulary(state, model, vocabulary_multiple * tensor_parallel)
     write_checkpoint(out, _cast(state, dtype), model, tensor_parallel)
     lines = [*arguments_of(model), f"--tensor-model-parallel-size {tensor_parallel}"]
     (Path(out) / ARGUMENTS).write_text("\n".join(lines) + "\n")
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.to_hf:
             source, out = args.to_hf
             model, note = to_hf(source, out, args.dtype, _named_tokens(args))
-            print(f"{out}: {model.layers} layers, width {model.hidden}, {model.vocabulary:,} tokens; {note}")  # noqa: T201
+            print(f"{out}: {model.layers} layers, width {model.hidden}, {model.token_ids:,} tokens; {note}")  # noqa: T201
         else:
             source, out = args.from_hf
             sizes = args.tensor_model_parallel_size, args.make_vocab_size_divisible_by

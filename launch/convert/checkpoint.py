@@ -127,7 +127,11 @@ def _load(path: Path) -> State:
 
 
 def pad_vocabulary(state: State, model: Model, multiple: int) -> tuple[State, Model]:
-    """Both with the vocabulary brought up to ``multiple``: copies of the last row, whose logits so disturb nothing."""
+    """Both with the vocabulary brought up to a multiple of ``multiple`` by rows of zeros, which count as padding.
+
+    The loss gives them neither probability nor gradient, no token looks them up, and weight decay leaves zeros zeros:
+    they add nothing to any norm, in any dtype, and a tokenizer that grows into them finds no other token's meaning.
+    """
     rows = -(-model.vocabulary // multiple) * multiple
     if rows == model.vocabulary:
         return state, model
@@ -135,8 +139,8 @@ def pad_vocabulary(state: State, model: Model, multiple: int) -> tuple[State, Mo
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in state:
             weight = state[name]
-            state[name] = torch.cat([weight, weight[-1:].expand(rows - len(weight), -1)])
-    return state, dataclasses.replace(model, vocabulary=rows)
+            state[name] = torch.cat([weight, weight.new_zeros(rows - len(weight), weight.shape[1])])
+    return state, dataclasses.replace(model, vocabulary=rows, vocabulary_padding=rows - model.token_ids)
 
 
 def write_checkpoint(folder: str | Path, state: Mapping[str, Tensor], model: Model, tensor_parallel: int = 1) -> Path:

@@ -75,9 +75,12 @@ def layout_of(model: Model) -> Layout:
 def to_hugging_face(state: Mapping[str, Tensor], model: Model, eod: int | None = None) -> tuple[dict[str, Any], State]:
     """(config.json, weights) of ``state`` in megatron-core's names.
 
-    ``eod``: id of the token that ends a text. Biases that the layout has and the model has not are zeros. Raises
-    ValueError where the layouts do not fit.
+    ``eod``: id of the token that ends a text. Biases that the layout has and the model has not are zeros. The
+    vocabulary is cut to the token ids: transformers would give its padding a probability. Raises ValueError where the
+    layouts do not fit.
     """
+    vocabularies = f"{_WORDS}.weight", "output_layer.weight"
+    state = {name: weight[: model.token_ids] if name in vocabularies else weight for name, weight in state.items()}
     if layout_of(model) == "gpt2":
         config, weights = _gpt2_config(model), _to_gpt2(state, model)
     else:
@@ -88,7 +91,7 @@ def to_hugging_face(state: Mapping[str, Tensor], model: Model, eod: int | None =
     config |= {
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied,
-        "vocab_size": model.vocabulary,
+        "vocab_size": model.token_ids,
         "torch_dtype": dtype,
         "bos_token_id": eod,
         "eos_token_id": eod,
