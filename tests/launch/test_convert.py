@@ -175,11 +175,11 @@ def test_pretraining_says_how_to_load_an_imported_checkpoint(tmp_path):
             settings_of([*given, *more], 2)
 
 
-def test_a_vocabulary_is_padded_by_copies_of_its_last_row():
+def test_a_vocabulary_is_padded_by_zeros_that_are_no_tokens():
     state, model = pad_vocabulary(weights(LLAMA), LLAMA, 100)
-    assert model.vocabulary == 100
+    assert (model.vocabulary, model.token_ids) == (100, 96)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert torch.equal(state[name][95:], weights(LLAMA)[name][95:].expand(5, -1))
+        assert torch.equal(state[name], torch.cat([weights(LLAMA)[name], torch.zeros(4, 32)]))
 
 
 # ---- text ------------------------------------------------------------------------------------------------
