@@ -89,7 +89,7 @@ def to_hf(
     if wanted is not None and wanted.type in _WRITABLE:
         try:
             eod = make_tokenizer(wanted, download).eod
-            note = f"tokenizer {wanted.type}"
+            note = f"tokenizer {wanted.type} of {wanted.model or wanted.vocab_file}"
         except ValueError as error:
             if tokens is not None:
                 raise

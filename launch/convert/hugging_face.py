@@ -211,14 +211,15 @@ def from_hugging_face(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """
     kind = config.get("model_type")
     left = _Weights({name: weight for name, weight in weights.items() if not _BUFFERS.fullmatch(name)})
-    if kind == "gpt2":
-        model = _gpt2_model(config)
-        state = _from_gpt2(left, model)
-    elif kind == "llama":
-        model = _llama_model(config)
-        state = _from_llama(left, model)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise ValueError(f"model_type {kind}: only gpt2 and llama can be read")
+    try:
+        model = _gpt2_model(config) if kind == "gpt2" else _llama_model(config)
+    except KeyError as error:
+        raise ValueError(
+            f"the config has no {error}: save the model with from_pretrained and save_pretrained"
+        ) from None
+    state = _from_gpt2(left, model) if kind == "gpt2" else _from_llama(left, model)
     head = left.pop("lm_head.weight", None)
     if not model.tied:
         if head is None:

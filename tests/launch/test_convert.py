@@ -127,6 +127,9 @@ def test_what_cannot_come_in_is_named():
     out["model.layers.1.self_attn.o_proj.bias"] += 1
     with pytest.raises(ValueError, match=r"o_proj.bias is not zero"):
         from_hugging_face(config, out)
+    del config["vocab_size"]
+    with pytest.raises(ValueError, match=r"the config has no 'vocab_size'"):
+        from_hugging_face(config, out)
 
 
 def test_files_of_other_versions_are_read():

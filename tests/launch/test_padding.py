@@ -52,6 +52,24 @@ def judged(folder):
     return loss.item(), logits.grad
 
 
+def made_by_transformers(folder):
+    """Names of models that transformers itself made, in ``folder``/hf NAME; large enough for every part to matter."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    small = {"vocab_size": IDS, "initializer_range": 0.2}
+    width = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    made = {
+        "their gpt2": GPT2LMHeadModel(GPT2Config(n_positions=20, n_embd=32, n_layer=2, n_head=4, **small)),
+        "their llama": LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **width, **small)),
+        "their tied llama": LlamaForCausalLM(
+            LlamaConfig(tie_word_embeddings=True, attention_bias=True, **width, **small)
+        ),
+    }
+    for name, network in made.items():
+        network.save_pretrained(folder / f"hf {name}")
+    return list(made)
+
+
 # ---- conversions -----------------------------------------------------------------------------------------
 
 
@@ -110,15 +128,15 @@ def _join(tensor):
     seed_everything(1, 0)
 
 
-def _losses(rank, tensor, folder):
-    """By model, loss and gradient [s, b, v / tensor] of the pipeline's layers with an import's weights."""
+def _losses(rank, tensor, folder, names):
+    """By model's name, loss and gradient [s, b, v / tensor] of the pipeline's layers with an import's weights."""
     from deepspeed.pipe import TiedLayerSpec
 
     from noflush.launch.gpt.pipeline import layer_specs
 
     _join(tensor)
     found = {}
-    for name in ODD:
+    for name in names:
         checkpoint = checkpoint_in(f"{folder}/{name}")
         model = read_model(checkpoint)
         hidden, embedding = (INPUTS, torch.arange(16).expand(2, -1)), None
@@ -138,15 +156,17 @@ def _losses(rank, tensor, folder):
 @pytest.mark.multiproc
 @pytest.mark.parametrize(("tensor", "multiple"), [(1, 128), (2, 1), (2, 100)], ids=["TP1", "TP2", "a slice of padding"])
 def test_an_imports_loss_and_probabilities_are_transformers(tensor, multiple, tmp_path):
-    """Of every layout; under tensor parallelism 2 with one padded row, and with a slice that has no other rows."""
+    """Of every layout, and of transformers' own making; TP 2 with one padded row, and with a slice of nothing else."""
     models = {name: dataclasses.replace(model, query_groups=max(2, model.query_groups)) for name, model in ODD.items()}
     for name, model in models.items():
-        hf = exported(tmp_path / f"hf {name}", model)
-        convert_checkpoint.from_hf(hf, str(tmp_path / name), None, tensor, multiple)
-    found = run_ranks(_losses, tensor, tensor=tensor, folder=str(tmp_path))
-    for name in models:
+        exported(tmp_path / f"hf {name}", model)
+    names = [*models, *made_by_transformers(tmp_path)]
+    for name in names:
+        convert_checkpoint.from_hf(str(tmp_path / f"hf {name}"), str(tmp_path / name), None, tensor, multiple)
+    found = run_ranks(_losses, tensor, tensor=tensor, folder=str(tmp_path), names=names)
+    for name in names:
         loss, gradient = judged(tmp_path / f"hf {name}")
-        assert loss > 2, name
+        assert loss > 4, name
         slices = [result[name] for result in found]
         assert [mine for mine, _ in slices] == [pytest.approx(loss, abs=1e-5)] * tensor, name
         whole = torch.cat([part for _, part in slices], -1).transpose(0, 1)
