@@ -108,6 +108,8 @@ def read_weights(checkpoint: Path, model: Model) -> State:
         for name in slices[0]:
             plain, ours = _place(name)
             full = plain.format(layer - 1) + name[len(ours) :]
+            if lacking := [number for number, part in enumerate(slices) if name not in part]:
+                raise ValueError(f"{files[layer][lacking[0]]} has no {name}, and {files[layer][0]} has")
             state[full] = merge(name, [part[name] for part in slices], model.gated)
     return state
 
@@ -118,8 +120,10 @@ def _load(path: Path) -> State:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     weights = {}
-    for name, value in found.items():
-        if not name.endswith(_EXTRA):
+    for name, value in found.items() if isinstance(found, dict) else [("weights", None)]:
+        if not str(name).endswith(_EXTRA):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{path} is no layer of a checkpoint: {name} is no tensor")
             for fused, plain in _FUSED_NORMS.items():
                 name = name.replace(fused, plain)
             weights[name] = value

@@ -80,13 +80,18 @@ def to_hugging_face(state: Mapping[str, Tensor], model: Model, eod: int | None =
     layouts do not fit.
     """
     vocabularies = f"{_WORDS}.weight", "output_layer.weight"
+    for name in vocabularies:
+        if name in state and len(state[name]) != model.vocabulary:
+            raise ValueError(f"{name} has {len(state[name])} rows, and the model a vocabulary of {model.vocabulary}")
     state = {name: weight[: model.token_ids] if name in vocabularies else weight for name, weight in state.items()}
-    if layout_of(model) == "gpt2":
-        config, weights = _gpt2_config(model), _to_gpt2(state, model)
-    else:
-        config, weights = _llama_config(model), _to_llama(state, model)
-    if not model.tied:
-        weights["lm_head.weight"] = state["output_layer.weight"]
+    layout = layout_of(model)
+    config = _gpt2_config(model) if layout == "gpt2" else _llama_config(model)
+    try:
+        weights = _to_gpt2(state, model) if layout == "gpt2" else _to_llama(state, model)
+        if not model.tied:
+            weights["lm_head.weight"] = state["output_layer.weight"]
+    except KeyError as error:
+        raise ValueError(f"the weight {error} is missing: the checkpoint is not of the model that it says") from None
     dtype = str(state[f"{_WORDS}.weight"].dtype).removeprefix("torch.")
     config |= {
         "initializer_range": model.init_std,

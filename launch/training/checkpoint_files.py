@@ -45,9 +45,13 @@ def write_tokens(checkpoint: Path, tokens: Tokens) -> None:
 def read_tokens(checkpoint: Path) -> Tokens | None:
     """The tokenizer that the checkpoint was trained with, its code not trusted; None if it does not say."""
     try:
-        return Tokens(**{**json.loads((checkpoint / TOKENS).read_text()), _TRUST: False})
+        found = Tokens(**{**json.loads((checkpoint / TOKENS).read_text()), _TRUST: False})
     except (OSError, ValueError, TypeError):
         return None
+    names = found.type, found.model, found.vocab_file, found.merge_file
+    numbers = found.vocab_size or 0, found.extra_ids
+    fits = all(isinstance(name, str | None) for name in names) and all(type(number) is int for number in numbers)
+    return found if fits else None
 
 
 def checkpoint_in(folder: str | Path) -> Path:

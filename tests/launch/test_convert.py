@@ -79,6 +79,17 @@ def test_a_missing_or_broken_part_is_said(tmp_path):
     part.write_bytes(b"no tensor")
     with pytest.raises(ValueError, match=r"layer_02-model_01-model_states.pt cannot be read"):
         read_weights(found, LLAMA)
+    words = found / "layer_00-model_01-model_states.pt"
+    kept = torch.load(words)
+    for there, said in (
+        ({"other": torch.ones(1)}, "layer_00-model_01-.* has no embedding.word_embeddings.weight"),
+        ({"embedding.word_embeddings.weight": "text"}, "embedding.word_embeddings.weight is no tensor"),
+        (torch.ones(1), "layer_00-model_01-.* is no layer of a checkpoint"),
+    ):
+        torch.save(there, words)
+        with pytest.raises(ValueError, match=said):
+            read_weights(found, LLAMA)
+    torch.save(kept, words)
     part.unlink()
     with pytest.raises(ValueError, match=r"incomplete: layer_02-model_01-model_states.pt missing"):
         read_weights(found, LLAMA)
@@ -105,6 +116,14 @@ def test_a_missing_or_broken_part_is_said(tmp_path):
 def test_what_fits_no_layout_is_named(model, said):
     with pytest.raises(ValueError, match=said):
         layout_of(model)
+
+
+def test_weights_of_another_model_are_named():
+    state = weights(LLAMA)
+    with pytest.raises(ValueError, match=r"the weight 'decoder.layers.2.input_layernorm.weight' is missing"):
+        to_hugging_face(state, dataclasses.replace(LLAMA, layers=3))
+    with pytest.raises(ValueError, match="has 96 rows, and the model a vocabulary of 128"):
+        to_hugging_face(state, dataclasses.replace(LLAMA, vocabulary=128))
 
 
 def test_what_cannot_come_in_is_named():

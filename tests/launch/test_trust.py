@@ -86,6 +86,15 @@ def test_trust_is_not_saved(tmp_path):
     assert read_tokens(tmp_path) == dataclasses.replace(tokens, trust_remote_code=False)
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": "79"}, {"model": ["tok"]}, {"extra_ids": None}, {"type": 3}])
+def test_what_is_no_tokenizer_is_none(change, tmp_path):
+    write_tokens(tmp_path, Tokens("NullTokenizer", None, None, None, 79, 0, False))
+    fields = json.loads((tmp_path / TOKENS).read_text())
+    assert read_tokens(tmp_path) is not None
+    (tmp_path / TOKENS).write_text(json.dumps(fields | change))
+    assert read_tokens(tmp_path) is None
+
+
 def test_a_hugging_face_folders_code_is_not_run(ran, tmp_path, capsys):
     """Of a model and of a tokenizer; where transformers would ask on the terminal, nobody is asked."""
     folder = tmp_path / "hf"
