@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-file", help="--to-hf: GPT-2's vocab.json (default: the run's tokenizer)")
     parser.add_argument("--merge-file", help="--to-hf: GPT-2's merges.txt")
     parser.add_argument("--tokenizer-model", help="--to-hf: a Hugging Face tokenizer's folder")
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    parser.add_argument("--trust-remote-code", action="store_true", help=f"--to-hf: {TRUST}")
     parser.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="--from-hf: of the run to come"
     )

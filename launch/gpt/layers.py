@@ -156,7 +156,7 @@ class NextTokenLoss:
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """0-dim float32 loss of ``logits`` [s, b, v] for ``labels`` (token ids [b, s], float mask [b, s]).
 
-        Float32 logits are overwritten: by `_mask_padding`, and by megatron-core's cross-entropy.
+        The logits are overwritten: float32 ones by megatron-core's cross-entropy, those of padding in any case.
         """
         targets, mask = labels
         if not self._low_precision:
