@@ -47,7 +47,7 @@ _MOST_OF = {
     "tensorboard_queue_size": 2**20,
     # What clocks can count.
     "distributed_timeout_minutes": 60 * 24 * 365,
-    "exit_duration_in_mins": 60 * 24 * 3650,
+    "exit_duration_in_mins": 2**32,
 }
 
 

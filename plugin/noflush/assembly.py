@@ -12,15 +12,22 @@ import torch.distributed as dist
 from noflush.channels import Neighbours, connect
 from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.flat_optimizer import DelayAwareOptimizer
+from noflush.groups import without_splits
 from noflush.host_weights import HostWeights
 from noflush.intake import Intake
 from noflush.kernels.choice import choose
 from noflush.payloads import TensorSpec
+from noflush.posting import Posting
 from noflush.runner import StageRunner
 from noflush.schedule import Schedule
 from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate
 from noflush.trace import Recorder
 from noflush.versions import WeightRing
+
+
+def posting_of(backend: str) -> Posting:
+    """When receives are posted over torch.distributed's ``backend``."""
+    return "ahead" if backend == "gloo" else "in_step"
 
 
 def make_runner(
@@ -35,11 +42,9 @@ def make_runner(
     # What no optimizer updates has one version for ever, and stays where it is.
     stash = schedule.weights != "latest"
     ring = WeightRing(weights.layouts, schedule.versions_alive(engine.stage_id), stash, home=weights.home)
-    drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
     neighbours = connect(
         pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
         rank=engine.global_rank,
-        ahead=[drop + 1 for drop in drops],
         device=torch.device(engine.device),
         timeout_s=block.peer_timeout_s,
     )
@@ -51,7 +56,7 @@ def make_runner(
         work=engine,
         recorder=recorder,
         report=TensorSpec((report_words,), torch.float64, False),
-        post_across_calls=dist.get_backend() == "gloo",
+        posting=posting_of(dist.get_backend()),
     )
 
 
@@ -62,7 +67,8 @@ def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any]
         readers = [pipeline[0] for pipeline in engine.grid._topo.get_axis_comm_lists("pipe")]
         if engine.num_stages == 1:
             readers = list(range(dist.get_world_size()))
-        group = dist.new_group(readers, timeout=timedelta(seconds=block.peer_timeout_s), backend="gloo")
+        with without_splits():
+            group = dist.new_group(readers, timeout=timedelta(seconds=block.peer_timeout_s), backend="gloo")
         replicas = group if engine.is_first_stage() else None
     reads = engine.is_first_stage() or engine.is_last_stage()
     return Intake(engine.micro_batches, reads, pull, neighbours.control_in, neighbours.control_out, replicas)

@@ -1,19 +1,19 @@
-"""Messages between neighbouring stages: non-blocking sends, receives posted ahead into buffers of their own.
+"""Messages between neighbouring stages: non-blocking sends, receives posted into buffers of their own.
 
 Each pair of neighbours has three process groups of two ranks: activations down, gradients up, and control down
 (small CPU messages). Traffic of one kind never waits behind another, on gloo or on NCCL, where all messages of
 a group share one stream.
 
-Two facts shape this file. A gloo `Work.is_completed()` stays False until somebody waits, so a finished send
-cannot be found by asking: sends are *retired by protocol*, when a later message proves that the peer has
-consumed them. And a gloo transfer starts only when its receive is posted: hence receives are posted ahead,
-across calls, so that a slow link's latency is not paid at every call.
+A gloo `Work.is_completed()` stays False until somebody waits, so a finished send cannot be found by asking: sends are
+*retired by protocol*, when a later message proves that the peer has consumed them. When receives are posted is decided
+in `posting`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from noflush.groups import without_splits
 from noflush.payloads import TensorSpec
 
 _CONTROL_WORDS = 64
@@ -41,9 +42,16 @@ class Peer:
     timeout_s: float
 
 
-def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
-    # NCCL has no bool; a byte view costs nothing.
-    return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+# What NCCL can carry; everything else travels as its bytes, which costs nothing.
+_NATIVE = {
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.uint8, torch.int8, torch.int32, torch.int64),
+}
+
+
+def _wire(tensor: Tensor) -> Tensor:
+    """A contiguous ``tensor`` as it travels: itself or a view of its bytes."""
+    return tensor if tensor.dtype in _NATIVE else tensor.reshape(-1).view(torch.uint8)
 
 
 def _await(work: dist.Work, peer: Peer, what: str) -> None:
@@ -67,12 +75,13 @@ def _first_line(error: Exception) -> str:
 class Outbox:
     """The sending end of one channel. Holds what it sent until `retire` says that the peer has it.
 
-    ``sent`` counts the messages ever sent.
+    ``sent`` counts the messages ever sent; ``device`` is where they lie.
     """
 
-    def __init__(self, peer: Peer, kind: str) -> None:
+    def __init__(self, peer: Peer, kind: str, device: torch.device) -> None:
         self._peer = peer
         self._kind = kind
+        self.device = device
         self._open: deque[tuple[int, list[Tensor], list[dist.Work]]] = deque()
         self.sent = 0
 
@@ -81,9 +90,15 @@ class Outbox:
         """Messages sent and not yet retired."""
         return len(self._open)
 
+    @contextmanager
+    def restarted(self) -> Iterator[None]:
+        """Forgets afterwards what was sent."""
+        yield
+        self.sent = 0
+
     def send(self, index: int, tensors: Sequence[Tensor]) -> None:
         """Starts sending message ``index``; the tensors must not be written until it is retired."""
-        payload = [_as_bytes_if_bool(t.detach().contiguous()) for t in tensors]
+        payload = [_wire(t.detach().contiguous()) for t in tensors]
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
@@ -103,52 +118,57 @@ class Outbox:
 
 
 class Inbox:
-    """The receiving end of one channel: messages 0, 1, 2, ... in order, receives posted ahead.
+    """The receiving end of one channel: messages 0, 1, 2, ... in order, each posted before it is taken.
 
     Args:
-        ahead: how many receives are kept posted, at least 1.
-        device: where messages are received.
+        device: where messages are received. On an accelerator receives are started from a stream of their own, not
+            behind the computation that is enqueued already.
     """
 
-    def __init__(self, peer: Peer, kind: str, ahead: int, device: torch.device) -> None:
+    def __init__(self, peer: Peer, kind: str, device: torch.device) -> None:
         self._peer = peer
         self._kind = kind
-        self._ahead = ahead
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._posted: deque[tuple[int, list[Tensor], list[dist.Work]]] = deque()
-        self._next = 0
+        self.next_to_post = 0
 
     @property
     def posted(self) -> int:
         """Receives that wait for their message."""
         return len(self._posted)
 
-    def take(self, index: int, specs: Sequence[TensorSpec], limit: int | None = None) -> list[Tensor]:
-        """Message ``index``; blocks until it is here. ``specs`` also shapes the receives posted ahead of it.
+    @contextmanager
+    def restarted(self) -> Iterator[None]:
+        """Counts messages from 0 again afterwards."""
+        yield
+        self.next_to_post = 0
 
-        ``limit``: no receive is posted for messages from ``limit`` on (None: no limit). Raises PeerError.
-        """
-        self.post(specs, max(index + 1, limit) if limit is not None else None, at_least=1)
-        received, tensors, works = self._posted.popleft()
-        if received != index:
-            raise PeerError(f"stage {self._peer.own_stage} expected {self._kind} {index} but {received} is next")
-        for work in works:
-            _await(work, self._peer, f"waiting for {self._kind} {index} from")
-        self.post(specs, limit)
-        return tensors
-
-    def post(self, specs: Sequence[TensorSpec], limit: int | None = None, at_least: int = 0) -> None:
-        """Posts receives until ``ahead`` are waiting or ``limit`` is reached."""
-        while len(self._posted) < max(self._ahead, at_least) and (limit is None or self._next < limit):
+    def post(self, specs: Sequence[TensorSpec]) -> None:
+        """Posts the receive of message `next_to_post`, of tensors like ``specs``."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             tensors = [torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for spec in specs]
             works = []
             for tensor in tensors:
                 if tensor.numel():
-                    work = dist.irecv(_as_bytes_if_bool(tensor), src=self._peer.rank, group=self._peer.group)
+                    work = dist.irecv(_wire(tensor), src=self._peer.rank, group=self._peer.group)
                     assert work is not None
                     works.append(work)
-            self._posted.append((self._next, tensors, works))
-            self._next += 1
+        self._posted.append((self.next_to_post, tensors, works))
+        self.next_to_post += 1
+
+    def take(self, index: int) -> list[Tensor]:
+        """Message ``index``, which was posted; on gloo blocks until it is here. Raises PeerError."""
+        if not self._posted or self._posted[0][0] != index:
+            posted = f"{self._posted[0][0]} is next" if self._posted else "no receive is posted"
+            raise PeerError(f"stage {self._peer.own_stage} expected {self._kind} {index} but {posted}")
+        _, tensors, works = self._posted.popleft()
+        for work in works:
+            _await(work, self._peer, f"waiting for {self._kind} {index} from")
+        if self._stream is not None:
+            for tensor in tensors:  # allocated for one stream, read on another
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return tensors
 
 
 _CONTROL = (TensorSpec((_CONTROL_WORDS,), torch.int64, False),)
@@ -158,7 +178,7 @@ class ControlOut:
     """Sends lists of integers down the pipeline, in messages of one fixed size."""
 
     def __init__(self, peer: Peer) -> None:
-        self._outbox = Outbox(peer, "control message before activation")
+        self._outbox = Outbox(peer, "control message before activation", torch.device("cpu"))
 
     @property
     def open_sends(self) -> int:
@@ -183,14 +203,16 @@ class ControlIn:
     """Receives what a `ControlOut` sends."""
 
     def __init__(self, peer: Peer) -> None:
-        self._inbox = Inbox(peer, "control message", ahead=1, device=torch.device("cpu"))
+        self._inbox = Inbox(peer, "control message", torch.device("cpu"))
+        self._inbox.post(_CONTROL)
         self._received = 0
 
     def take(self) -> list[int]:
         """The next list of integers; blocks until it is here."""
         words: list[int] = []
         while not words or len(words) < words[0] + 1:
-            (message,) = self._inbox.take(self._received, _CONTROL)
+            (message,) = self._inbox.take(self._received)
+            self._inbox.post(_CONTROL)
             self._received += 1
             words += message.tolist()
         return words[1 : words[0] + 1]
@@ -212,39 +234,57 @@ class Neighbours:
         """Messages of all channels sent and not yet retired."""
         return sum(c.open_sends for c in (self.activations_out, self.gradients_out, self.control_out) if c)
 
+    def warm_up(self) -> None:
+        """Has every pair of ranks open its connections, which each may hold up the host: once, before training.
 
-def connect(
-    pipelines: Sequence[Sequence[int]],
-    rank: int,
-    ahead: Sequence[int],
-    device: torch.device,
-    timeout_s: float,
-) -> Neighbours:
+        Link by link down the pipeline, so that no two stages wait for each other.
+        """
+        first = (TensorSpec((1,), torch.float32, False),)
+        for inbox, outbox in ((self.activations_in, self.gradients_out), (self.gradients_in, self.activations_out)):
+            if inbox is not None and outbox is not None:
+                with inbox.restarted(), outbox.restarted():
+                    nothing = [torch.zeros(1, device=outbox.device)]
+                    # On either end the channel that leads down comes first.
+                    if inbox is self.activations_in:
+                        inbox.post(first)
+                        outbox.send(0, nothing)
+                    else:
+                        outbox.send(0, nothing)
+                        inbox.post(first)
+                    inbox.take(0)
+                    outbox.retire(0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device, timeout_s: float) -> Neighbours:
     """Makes the groups of every pipeline (all ranks must call this alike) and this rank's channels.
 
     Args:
         pipelines: global ranks of each pipeline's stages, in stage order; the same on every rank.
         rank: this process.
-        ahead: for each link s -> s+1, receives to keep posted.
         device: where activations and gradients live.
         timeout_s: how long a wait may last.
     """
     neighbours = Neighbours()
     patience = timedelta(seconds=timeout_s)
-    for ranks in pipelines:
-        for s in range(len(ranks) - 1):
-            pair = [ranks[s], ranks[s + 1]]
-            down = dist.new_group(pair, timeout=patience)
-            up = dist.new_group(pair, timeout=patience)
-            control = dist.new_group(pair, timeout=patience, backend="gloo")
-            if rank == pair[0]:
-                neighbours.activations_out = Outbox(Peer(down, pair[1], s + 1, s, timeout_s), "activation")
-                neighbours.gradients_in = Inbox(Peer(up, pair[1], s + 1, s, timeout_s), "gradient", ahead[s], device)
-                neighbours.control_out = ControlOut(Peer(control, pair[1], s + 1, s, timeout_s))
-            elif rank == pair[1]:
-                neighbours.activations_in = Inbox(
-                    Peer(down, pair[0], s, s + 1, timeout_s), "activation", ahead[s], device
-                )
-                neighbours.gradients_out = Outbox(Peer(up, pair[0], s, s + 1, timeout_s), "gradient")
-                neighbours.control_in = ControlIn(Peer(control, pair[0], s, s + 1, timeout_s))
+    with without_splits():
+        for ranks in pipelines:
+            for s in range(len(ranks) - 1):
+                pair = [ranks[s], ranks[s + 1]]
+                down = dist.new_group(pair, timeout=patience)
+                up = dist.new_group(pair, timeout=patience)
+                control = dist.new_group(pair, timeout=patience, backend="gloo")
+                if rank == pair[0]:
+                    below = [Peer(group, pair[1], s + 1, s, timeout_s) for group in (down, up, control)]
+                    neighbours.activations_out = Outbox(below[0], "activation", device)
+                    neighbours.gradients_in = Inbox(below[1], "gradient", device)
+                    neighbours.control_out = ControlOut(below[2])
+                elif rank == pair[1]:
+                    above = [Peer(group, pair[0], s, s + 1, timeout_s) for group in (down, up, control)]
+                    neighbours.activations_in = Inbox(above[0], "activation", device)
+                    neighbours.gradients_out = Outbox(above[1], "gradient", device)
+                    neighbours.control_in = ControlIn(above[2])
+    if device.type != "cpu":
+        neighbours.warm_up()
     return neighbours

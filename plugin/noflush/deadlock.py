@@ -1,8 +1,9 @@
 """Proof, before the first step, that an order of actions cannot deadlock and keeps its promises.
 
 Pure. A *program* is what every stage does, cut into calls: ``program[call][stage]`` is a list of actions.
-Between two calls every stage waits for all others (the strictest thing user code may do), sends never block,
-a receive blocks until its message was sent. A failure draws the grid of calls with the bad action marked.
+Between two calls every stage waits for all others (the strictest thing user code may do). `check_order` plays it
+as gloo does: sends never block, a receive blocks until its message was sent. `check_in_step` plays it as the
+strictest accelerator would. A failure draws the grid of calls with the bad action marked.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from noflush.schedule import Action, Op, Schedule, with_communication
+from noflush.posting import Posting, call_order, drain_order
+from noflush.schedule import POSTS, Action, Op, Schedule, with_communication
 
 Program = Sequence[Sequence[Sequence[Action]]]
 _SENDER_OF = {Op.RECV_ACTIVATION: (Op.SEND_ACTIVATION, -1), Op.RECV_GRAD: (Op.SEND_GRAD, +1)}
+_SENDS = {Op.SEND_ACTIVATION: (Op.POST_ACTIVATION, +1), Op.SEND_GRAD: (Op.POST_GRAD, -1)}
+_POSTED_FROM = {Op.POST_ACTIVATION: (Op.SEND_ACTIVATION, -1), Op.POST_GRAD: (Op.SEND_GRAD, +1)}
 _NEEDS = {Op.BACKWARD: Op.FORWARD, Op.SEND_ACTIVATION: Op.FORWARD, Op.SEND_GRAD: Op.BACKWARD}
 
 
@@ -21,22 +25,33 @@ class ScheduleError(ValueError):
     """An order of actions that would deadlock, lose a micro-batch or use a wrong weight version."""
 
 
-def program(schedule: Schedule) -> list[list[list[Action]]]:
-    """Warm-up, steady calls and the drain of ``schedule``, with communication, for every stage.
+def program(schedule: Schedule, posting: Posting | None = None) -> list[list[list[Action]]]:
+    """Warm-up, steady calls and the drain of ``schedule``, with communication, for every stage; posts if asked for.
 
     Long enough that stage 0 holds as many weight versions as it ever will.
     """
     calls = schedule.calls_to_prove
     stages = range(schedule.stages)
+    if posting is not None:
+        body = [[call_order(schedule, posting, s, t) for s in stages] for t in range(calls)]
+        return [*body, [drain_order(schedule, posting, s, calls) for s in stages]]
     body = [[schedule.call(s, t) for s in stages] for t in range(calls)]
     body.append([schedule.drain(s, calls) for s in stages])
     return [[with_communication(schedule.stages, actions) for actions in column] for column in body]
 
 
-def prove(schedule: Schedule) -> None:
-    """Raises ScheduleError unless ``schedule`` is free of deadlock and its weight versions fit their slots."""
-    order = program(schedule)
+def prove(schedule: Schedule, posting: Posting = "ahead", replicas: int = 1) -> None:
+    """Raises ScheduleError unless ``schedule`` is free of deadlock and its weight versions fit their slots.
+
+    Args:
+        schedule: what is to be run.
+        posting: when receives are posted; ``in_step`` is proven under an accelerator's rules too.
+        replicas: data-parallel pipelines, whose stages reduce their gradients with each other.
+    """
+    order = program(schedule, posting)
     check_order(order)
+    if posting == "in_step":
+        check_in_step(order, schedule.gas, replicas)
     check_versions(schedule, order)
 
 
@@ -55,6 +70,10 @@ def check_order(order: Program) -> None:
                     action = column[stage][at[stage]]
                     if action.op in _SENDER_OF and not _sent(action, done):
                         break
+                    if action.op in POSTS:
+                        at[stage] += 1
+                        moved = True
+                        continue
                     _check_action(order, call, stage, at[stage], done, newest)
                     done[stage].add((action.op, action.index))
                     at[stage] += 1
@@ -67,6 +86,105 @@ def check_order(order: Program) -> None:
                 f"whose sender does not send it in this call or before\n" + draw(order, call, stage, at[stage])
             )
     _check_all_finished(order, done)
+
+
+def check_in_step(order: Program, gas: int, replicas: int = 1) -> None:
+    """Raises ScheduleError if a host that finishes all it has started before it starts anything else would hang.
+
+    That host is the strictest an accelerator can have. A send and its receive are one kernel on either side, done when
+    both have been started; they start in stream order; ``wait`` holds up the stream and not the host. Whatever else
+    may come in between only makes a stage wait for things that it started *earlier*: a device-wide synchronisation
+    at any point, on any number of stages at once; a full launch queue; all streams on one hardware queue
+    (``CUDA_DEVICE_MAX_CONNECTIONS=1``), where what cannot start holds up what was started later. To wait for all of
+    them each time is every such wait at once. Waits can only close a circle, never open one, so what gets to its
+    end here gets there under any of them.
+
+    Args:
+        order: a program of `call_order`'s, posts included.
+        gas: K: the last backward of a batch at the last stage, and every update, is a collective of the replicas.
+        replicas: pipelines that run ``order`` side by side.
+    """
+    hosts = _StrictHosts(len(order[0]), gas, replicas)
+    for call, column in enumerate(order):
+        stuck = hosts.play(column)
+        if stuck is not None:
+            stage, position = stuck
+            raise ScheduleError(
+                f"on an accelerator, stage {stage} may stand still for ever at {column[stage][position]} in call "
+                f"{call}: if it waits for what it has started, in a device-wide synchronisation say, it waits for a "
+                "message whose other end is started only later\n" + draw(order, call, stage, position)
+            )
+
+
+_Worker = tuple[int, int]  # replica, stage
+
+
+class _StrictHosts:
+    """One host a replica and stage; each finishes what it has started before it starts anything else."""
+
+    def __init__(self, stages: int, gas: int, replicas: int) -> None:
+        self._stages, self._gas, self._replicas = stages, gas, replicas
+        self._workers = [(d, s) for d in range(replicas) for s in range(stages)]
+        self._received = {(worker, op): 0 for worker in self._workers for op in POSTS}
+        self._column: Sequence[Sequence[Action]] = ()
+        self._at: dict[_Worker, int] = {}
+
+    def play(self, column: Sequence[Sequence[Action]]) -> tuple[int, int] | None:
+        """Plays one call: (stage, position) of one that stands still for ever, or None."""
+        self._column = column
+        self._at = dict.fromkeys(self._workers, 0)
+        ready = list(self._workers)
+        while ready:
+            worker = ready.pop()
+            while (action := self._head(worker)) is not None:
+                moved = self._start(worker, action)
+                if moved is None:
+                    break
+                ready += moved
+        for worker, position in self._at.items():
+            if position < len(column[worker[1]]):
+                return worker[1], position
+        return None
+
+    def _head(self, worker: _Worker) -> Action | None:
+        position = self._at.get(worker)
+        if position is None or position >= len(self._column[worker[1]]):
+            return None
+        return self._column[worker[1]][position]
+
+    def _start(self, worker: _Worker, action: Action) -> list[_Worker] | None:
+        """Starts and finishes ``action``, or the next message of a post: who else has moved; None if it must wait."""
+        replica, stage = worker
+        if action.op in _SENDS:
+            post, step = _SENDS[action.op]
+            peer = (replica, stage + step)
+            waits = self._head(peer)
+            if waits is None or waits.op is not post or not self._received[peer, post] == action.index <= waits.index:
+                return None
+            self._received[peer, post] += 1
+            self._at[worker] += 1
+            return [peer]
+        if action.op in POSTS and (index := self._received[worker, action.op]) <= action.index:
+            send, step = _POSTED_FROM[action.op]
+            peer = (replica, stage + step)
+            if self._head(peer) != Action(stage + step, send, index):
+                return None
+            self._received[worker, action.op] += 1
+            self._at[peer] += 1
+            return [peer]
+        peers = [worker]
+        if self._is_collective(action):
+            peers = [(d, stage) for d in range(self._replicas)]
+            if any(self._head(peer) != action for peer in peers):
+                return None
+        for peer in peers:
+            self._at[peer] += 1
+        return [peer for peer in peers if peer != worker]
+
+    def _is_collective(self, action: Action) -> bool:
+        ends_batch = (action.index + 1) % self._gas == 0
+        reports = action.op is Op.BACKWARD and action.stage == self._stages - 1 and ends_batch
+        return reports or action.op is Op.UPDATE
 
 
 def _sent(action: Action, done: list[set[tuple[Op, int]]]) -> bool:

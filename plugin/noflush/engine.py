@@ -21,7 +21,7 @@ from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from noflush.assembly import make_intake, make_runner, make_update
+from noflush.assembly import make_intake, make_runner, make_update, posting_of
 from noflush.checkpoint import write_latest
 from noflush.config import AsyncPipelineConfig
 from noflush.deadlock import prove
@@ -76,8 +76,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     _nf_scale_owner: TravellingScale | None
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
-        prove(schedule)
         host_config = kwargs["config_class"]
+        replicas = dist.get_world_size() // schedule.stages  # tensor-parallel slices count: they reduce alike
+        prove(schedule, posting_of(dist.get_backend()), min(replicas, 2))
         # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
         self._nf_breakdown = bool(host_config.wall_clock_breakdown)
         host_config.wall_clock_breakdown = False
@@ -524,7 +525,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 "data-parallel replicas"
             )
         schedule = replace(self._nf_schedule, gas=gas)
-        prove(schedule)
+        prove(schedule, posting_of(dist.get_backend()), min(self.dp_world_size, 2))
         self.drain()
         super().set_train_batch_size(train_batch_size)
         self._nf_schedule = self._nf_runner.schedule = schedule

@@ -7,6 +7,8 @@ and the host's own forward, backward and update from a `StageWork`. One micro-ba
     (2) F   bind its version, run forward          (5) B   bind that forward's version, check, run backward
     (3) SA  send the output on                     (6) SG  send the input's gradient back
                                                    (7) U   after every K-th backward: the next version
+
+and between them, where `posting` says so, the receives are posted (PA, PG).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from noflush.channels import Neighbours
 from noflush.payloads import Payload, PayloadSpec, TensorSpec, check_outputs
-from noflush.schedule import Action, Op, Schedule, with_communication
+from noflush.posting import Posting, call_order, drain_order
+from noflush.schedule import POSTS, Action, Op, Schedule
 from noflush.trace import Recorder
 from noflush.versions import WeightRing
 
@@ -67,7 +70,7 @@ class StageRunner:
         work: StageWork,
         recorder: Recorder,
         report: TensorSpec,
-        post_across_calls: bool,
+        posting: Posting,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -80,17 +83,14 @@ class StageRunner:
         self.batches_finished = 0
         self._work = work
         self._report_spec = report
-        self._post_across_calls = post_across_calls
+        self._posting = posting
         self._outgoing: PayloadSpec | None = None
         self._incoming: PayloadSpec | None = None
         self._first_message = 0
-        self._end = 0
-        self._draining = False
         self._received: Payload | None = None
         self._to_send: Payload | None = None
         self._gradients: list[Tensor] | None = None
         self._report: Tensor | None = None
-        self._no_report = torch.zeros(report.shape, dtype=report.dtype, device=ring.device)
         self._do = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
@@ -99,6 +99,8 @@ class StageRunner:
             Op.RECV_ACTIVATION: self._recv_activation,
             Op.SEND_GRAD: self._send_grad,
             Op.RECV_GRAD: self._recv_grad,
+            Op.POST_ACTIVATION: self._post_activation,
+            Op.POST_GRAD: self._post_grad,
         }
 
     @property
@@ -108,12 +110,8 @@ class StageRunner:
 
     def run_call(self) -> None:
         """Runs the actions of one `train_batch` call; user code then sees the newest weights."""
-        self._end = (self.calls + 1) * self.schedule.gas
-        self._run(self.schedule.call(self.stage, self.calls))
+        self._run(call_order(self.schedule, self._posting, self.stage, self.calls))
         self.calls += 1
-        if not self._post_across_calls and self.neighbours.gradients_in is not None:
-            # What the stage below has sent by now must have its receive, even in calls without a backward here.
-            self.neighbours.gradients_in.post(self._gradient_specs(), self._gradient_limit())
 
     @property
     def next_message(self) -> int:
@@ -122,9 +120,7 @@ class StageRunner:
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight; a new segment starts with the next call."""
-        self._end, self._draining = self.calls * self.schedule.gas, True
-        self._run(self.schedule.drain(self.stage, self.calls))
-        self._draining = False
+        self._run(drain_order(self.schedule, self._posting, self.stage, self.calls))
         finished = self.calls * self.schedule.gas
         self._first_message += finished
         self.restart(self.first_micro_batch + finished)
@@ -136,8 +132,11 @@ class StageRunner:
         self.first_version = self.ring.newest
         self.batches_finished = first_micro_batch // self.schedule.gas
 
-    def _run(self, compute: Sequence[Action]) -> None:
-        for action in with_communication(self.schedule.stages, compute):
+    def _run(self, order: Sequence[Action]) -> None:
+        for action in order:
+            if action.op in POSTS:  # no time worth an event
+                self._do[action.op](action.index)
+                continue
             start = time.perf_counter_ns()
             self._do[action.op](action.index)
             first = self.first_version if action.op is Op.UPDATE else self.first_micro_batch
@@ -154,29 +153,41 @@ class StageRunner:
         # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
         return self._first_message + m
 
-    def _activation_limit(self) -> int | None:
-        return None if self._post_across_calls else self._message(self._end)
-
-    def _gradient_limit(self) -> int | None:
-        if self._post_across_calls:
-            return None
-        # All that the stage below sends by the end of this call, even what is needed only in the next one.
-        return self._message(self._end if self._draining else self._end - self.schedule.lag(self.stage + 1))
-
-    def _gradient_specs(self) -> tuple[TensorSpec, ...]:
+    def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
         assert self._outgoing is not None
-        return (*self._outgoing.gradients(), self._report_spec)
+        gradients = self._outgoing.gradients()
+        return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
 
     def _ends_batch(self, m: int) -> bool:
         return (m + 1) % self.schedule.gas == 0
 
-    def _recv_activation(self, m: int) -> None:  # (1)
+    def _reports(self, m: int, gradients: Sequence[object]) -> bool:
+        """Whether a report goes with the gradients of ``m``: with a batch's last, and where there are none at all.
+
+        A message of nothing would not say that its activation has been taken.
+        """
+        return self._ends_batch(m) or not gradients
+
+    def _post_activation(self, m: int) -> None:
         inbox, control = self.neighbours.activations_in, self.neighbours.control_in
         assert inbox is not None
         assert control is not None
         if self._incoming is None:
             self._incoming = PayloadSpec.from_words(control.take())
-        tensors = inbox.take(self._message(m), self._incoming.tensors, self._activation_limit())
+        while inbox.next_to_post <= self._message(m):
+            inbox.post(self._incoming.tensors)
+
+    def _post_grad(self, m: int) -> None:
+        inbox = self.neighbours.gradients_in
+        assert inbox is not None
+        while inbox.next_to_post <= self._message(m):
+            inbox.post(self._gradient_specs(inbox.next_to_post - self._first_message))
+
+    def _recv_activation(self, m: int) -> None:  # (1)
+        inbox = self.neighbours.activations_in
+        assert inbox is not None
+        assert self._incoming is not None
+        tensors = inbox.take(self._message(m))
         for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
             tensor.requires_grad_(spec.differentiable)
         self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
@@ -217,9 +228,11 @@ class StageRunner:
     def _recv_grad(self, m: int) -> None:  # (4)
         inbox = self.neighbours.gradients_in
         assert inbox is not None
-        *self._gradients, report = inbox.take(self._message(m), self._gradient_specs(), self._gradient_limit())
+        assert self._outgoing is not None
+        tensors, count = inbox.take(self._message(m)), len(self._outgoing.gradients())
+        self._gradients = tensors[:count]
         if self._ends_batch(m):
-            self._report = report
+            (self._report,) = tensors[count:]
         # A gradient of m proves that the stage below has read the activation of m, and the calls before.
         assert self.neighbours.activations_out is not None
         assert self.neighbours.control_out is not None
@@ -239,9 +252,13 @@ class StageRunner:
     def _send_grad(self, m: int) -> None:  # (6)
         outbox = self.neighbours.gradients_out
         assert outbox is not None
-        report = self._report if self._ends_batch(m) else None
-        tail = self._no_report if report is None else report
-        outbox.send(self._message(m), [*self._work.input_gradients(self._buffer(m)), tail])
+        gradients = self._work.input_gradients(self._buffer(m))
+        if self._ends_batch(m):
+            assert self._report is not None
+            gradients = [*gradients, self._report]
+        elif self._reports(m, gradients):
+            gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
+        outbox.send(self._message(m), gradients)
 
     def _update(self, update: int) -> None:  # (7)
         self._work.run_update()

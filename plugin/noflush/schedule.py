@@ -38,10 +38,13 @@ class Op(str, Enum):
     RECV_ACTIVATION = "RA"
     SEND_GRAD = "SG"
     RECV_GRAD = "RG"
+    POST_ACTIVATION = "PA"
+    POST_GRAD = "PG"
 
 
+POSTS = frozenset({Op.POST_ACTIVATION, Op.POST_GRAD})
 COMPUTE = frozenset({Op.FORWARD, Op.BACKWARD, Op.UPDATE})
-_ACTION = re.compile(r"^(\d+)(SA|RA|SG|RG|F|B|U)(\d+)$")
+_ACTION = re.compile(r"^(\d+)(SA|RA|PA|SG|RG|PG|F|B|U)(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Action:
         """The action that ``text`` spells. Raises ValueError with the spelling expected."""
         found = _ACTION.match(text)
         if found is None:
-            raise ValueError(f"{text!r} is not an action: expected <stage><F|B|U|SA|RA|SG|RG><index>, as in '2F7'")
+            raise ValueError(
+                f"{text!r} is not an action: expected <stage><F|B|U|SA|RA|PA|SG|RG|PG><index>, as in '2F7'"
+            )
         stage, op, index = found.groups()
         return cls(int(stage), Op(op), int(index))
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.multiproc
 def train_without_receives_across_calls(rank, stages, gas):
     from unittest import mock
 
-    with mock.patch("noflush.engine.dist.get_backend", return_value="nccl"):
+    with mock.patch("noflush.assembly.dist.get_backend", return_value="nccl"):
         engine = t.build(stages, t.ds_config(gas, block={}))
     runner = engine._nf_runner
     history = []
@@ -24,7 +24,7 @@ def train_without_receives_across_calls(rank, stages, gas):
     def state():
         inboxes = runner.neighbours.activations_in, runner.neighbours.gradients_in
         outboxes = runner.neighbours.activations_out, runner.neighbours.gradients_out
-        return [i._next if i else 0 for i in inboxes], [o.sent if o else 0 for o in outboxes]
+        return [i.next_to_post if i else 0 for i in inboxes], [o.sent if o else 0 for o in outboxes]
 
     for call, pair in enumerate(zip(*[iter(t.data(gas * 6))] * gas, strict=True)):
         engine.train_batch(iter(pair))
