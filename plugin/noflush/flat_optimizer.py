@@ -47,6 +47,10 @@ class _FlatState:
     clock: Tensor
 
 
+STAGE_MOMENTUM = 0.99
+"""What Eq 13's momentum rises towards, the more stages follow."""
+
+
 class DelayAwareOptimizer(Optimizer):
     """What the rules share: flat steps, the stage they serve, and Eq 13's two discounts."""
 
@@ -218,7 +222,7 @@ class DelayAwareOptimizer(Optimizer):
         return torch.bfloat16 if group.get("moments") == "bf16" else None
 
     def _stage_momentum(self, group: dict[str, Any], base: float) -> float:
-        """Eq 13: gamma_i = 0.9 + 0.09 (P - i) / P for 1-indexed stage i, in place of ``base`` if asked for."""
+        """Eq 13: gamma_i = base + (P - i) / P (0.99 - base) for 1-indexed stage i (base 0.9 there), if asked for."""
         if not group["stage_momentum"]:
             return base
-        return 0.9 + 0.09 * (self.stages - 1 - self.stage) / self.stages
+        return base + (self.stages - 1 - self.stage) / self.stages * (STAGE_MOMENTUM - base)
