@@ -17,6 +17,7 @@ from noflush.launch.data.batches import MicroBatch, micro_batches
 from noflush.launch.data.order import SampleOrder
 from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
+from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.progress import (
     Interval,
     Position,
@@ -45,6 +46,7 @@ class Training:
         position: where to go on.
         parameters: of the whole model.
         signals: that tell it to stop.
+        lock: of the folder of checkpoints, on rank 0.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class Training:
         position: Position,
         parameters: int,
         signals: Signals,
+        lock: FolderLock | None = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
         self.position = position
+        self.lock = lock
         self._train, self._valid, self._test = datasets
         self._parameters = parameters
         self._logs = dist.get_rank() == dist.get_world_size() - 1  # of the last stage, as Megatron's
@@ -133,7 +137,8 @@ class Training:
         if self.settings.checkpoints.save and self.position.iteration != self._saved_at:
             begin = time.perf_counter()
             settings = self.settings
-            checkpoints.save(self.engine, settings.checkpoints, settings.model, settings.tokens, self.position)
+            folders, model, tokens = settings.checkpoints, settings.model, settings.tokens
+            checkpoints.save(self.engine, folders, model, tokens, self.position, self.lock)
             self._saved_at = self.position.iteration
             if dist.get_rank() == 0:
                 where = f"{self.settings.checkpoints.save}/{checkpoints.tag_of(self.position.iteration)}"
