@@ -55,7 +55,7 @@ def open_folders(
         faults = folder_faults(settings, trains)
         if faults:
             raise RefusedError("; ".join(faults))
-        return settings.load and (settings.tag or newest_complete(settings.load)) or None
+        return (settings.tag or newest_complete(settings.load)) if settings.load else None
 
     try:
         tag = on_first_rank(choose)

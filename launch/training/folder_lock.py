@@ -6,6 +6,7 @@ a process of this machine that is no more, and from anyone who does not touch it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -107,8 +108,8 @@ class FolderLock:
         if holder is None or holder.token != self.me.token:
             who = "is gone" if holder is None else f"was taken over by {holder}"
             raise RefusedError(
-                f"--save {self.path.parent}: this run's lock {self.path} {who}, so nothing more is saved there: another "
-                "run may be writing; let one of them end, and go on with --load"
+                f"--save {self.path.parent}: this run's lock {self.path} {who}, so it saves no more there: another run "
+                "may be writing. Let one of them end, and go on with --load"
             )
 
     def release(self) -> None:
@@ -132,8 +133,8 @@ class FolderLock:
         if not gone:
             raise RefusedError(
                 f"--save {self.path.parent}: {holder or 'another run'} holds {self.path}; two runs in one folder would "
-                f"overwrite each other's checkpoints. Wait for its end, or give another folder (if it has ended, remove "
-                f"{self.path})"
+                "overwrite each other's checkpoints. Wait for its end, or give another folder; if it has ended, remove "
+                f"{self.path}"
             )
         scratch = self.path.with_name(f"{LOCK}.{self.me.token}{PARTIAL}")
         _create(scratch, text)
@@ -144,10 +145,9 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            try:
+            # A lock that is gone is told by `check`, before the next checkpoint.
+            with contextlib.suppress(OSError):
                 os.utime(self.path, follow_symlinks=False)
-            except OSError:  # `check` tells, before the next checkpoint
-                pass
 
 
 def _create(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
 from noflush.launch.data.order import SampleOrder
+from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
 from noflush.launch.training.folder_lock import FolderLock
@@ -224,7 +225,7 @@ def _scale(engine: Any) -> float:
 def _start_within(samples: int, start: int, needed: int) -> int:
     """``start``, or where ``needed`` samples are left if ``samples`` end before (after a longer --eval-interval)."""
     if needed > samples:
-        raise ValueError(
+        raise RefusedError(
             f"an evaluation of --eval-iters global batches needs {needed} samples, and there are {samples}: lower "
             "--eval-iters, or give more validation data"
         )

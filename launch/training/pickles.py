@@ -31,9 +31,9 @@ ALLOWED = (
 """What DeepSpeed 0.19's own checkpoints hold beside tensors and plain values, and numpy's random state."""
 
 
-def allowed() -> list[tuple[Callable[..., Any], str]]:
+def allowed() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """The objects that `ALLOWED` names, each with its name; those of other versions of their packages are left out."""
-    found = []
+    found: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = []
     for name in ALLOWED:
         module, _, attribute = name.rpartition(".")
         try:
@@ -68,8 +68,8 @@ def file_fault(path: Path, trusted: bool = False) -> str | None:
     if names:
         shown = ", ".join(names[:4]) + " ..." * (len(names) > 4)
         return (
-            f"{path} would run {shown} when it is loaded, which no checkpoint of pretrain_gpt.py needs: whoever wrote it "
-            "can do anything with your account. Give --trust-checkpoint only if you know who that was"
+            f"{path} would run {shown} when it is loaded, which no checkpoint of pretrain_gpt.py needs: whoever wrote "
+            "it can do anything with your account. Give --trust-checkpoint only if you know who that was"
         )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -82,8 +83,6 @@ def _probed(folder: Path) -> str | None:
     except OSError as error:
         return error.strerror
     finally:
-        try:
+        with contextlib.suppress(OSError):
             remove(probe)
-        except OSError:
-            pass
     return None
