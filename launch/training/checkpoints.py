@@ -102,6 +102,9 @@ def save(
         remove(replaced)
         if os.path.lexists(folder / tag):
             (folder / tag).rename(replaced)
+        if not os.path.lexists(folder / LATEST):
+            # The first one is named before it is in its place, so that none ever lies there that nothing names.
+            write_latest(folder, tag)
         partial.rename(folder / tag)
         write_latest(folder, tag)
         remove(replaced)

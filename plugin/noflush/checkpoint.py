@@ -80,10 +80,10 @@ def newest_complete(folder: str | Path) -> str | None:
         raise CheckpointError(
             f"{path} holds {tag[:80]!r}, which is no folder's name, {_fix(folder, checkpoints_in(folder))}"
         )
-    if (path.parent / tag).is_dir():
-        return tag
-    if (path.parent / f"{tag}{REPLACED}").is_dir():
-        return f"{tag}{REPLACED}"
+    # It may have been about to be put in its place when the run ended; or the one that it replaces is still aside.
+    for name in (tag, f"{tag}{REPLACED}", f"{tag}{PARTIAL}"):
+        if (path.parent / name).is_dir():
+            return name
     raise CheckpointError(f"{path} names {tag}, which is missing, {_fix(folder, checkpoints_in(folder))}")
 
 
