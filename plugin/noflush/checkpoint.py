@@ -89,7 +89,7 @@ def newest_complete(folder: str | Path) -> str | None:
 
 def is_tag(word: str) -> bool:
     """Whether ``word`` is the plain name of a folder, and leads nowhere else."""
-    return word.isprintable() and word not in (".", "..") and not {"/", os.sep} & set(word)
+    return word.isprintable() and word not in ("", ".", "..") and not {"/", os.sep} & set(word)
 
 
 def listed(tags: list[str]) -> str:

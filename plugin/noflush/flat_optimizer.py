@@ -61,8 +61,9 @@ def mu_product(hyper: Hyper, steps: int) -> Tensor:
     """NAdam's mu_1 mu_2 ... of so many updates, multiplied one by one as these do: 0-dim float32."""
     product = torch.ones(())
     for step in range(1, steps + 1):
+        before = product.item()
         product *= momentum(hyper, float(step))
-        if not product:  # it underflows within some thousand
+        if product == before:  # too small for float32 to fall further, as mu only grows
             break
     return product
 
