@@ -1,4 +1,4 @@
-"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, a list of all files, and whether it
+"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, a list of these files, and whether it
 holds weights alone.
 
 Imports no torch and no host.
@@ -18,12 +18,12 @@ TOKENS = "tokenizer.json"
 WEIGHTS_ALONE = "weights_alone"
 """Marks a checkpoint without optimizer state."""
 MANIFEST = "manifest.json"
-"""Names and sizes of the checkpoint's other files."""
+"""Names and sizes of DeepSpeed's files in the checkpoint."""
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Lists every file that is in ``checkpoint``, with its size in bytes."""
-    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    """Lists DeepSpeed's files in ``checkpoint``, each with its size in bytes."""
+    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.pt"))}
     (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1))
 
 
