@@ -15,7 +15,9 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "== $(VENV): $(TORCH) (some hundred MB; two minutes in all)"
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	@echo "== $(VENV): noflush, DeepSpeed, megatron-core, transformers, and what the tests need"
 	DS_BUILD_OPS=0 $(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	touch $@
 
@@ -23,6 +25,7 @@ demo: setup
 	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
 
 test: setup
+	@echo "== tests, two files at a time; the first dots follow once torch, DeepSpeed and Megatron are imported (half a minute)"
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not slurm"
 
 test-all: setup

@@ -8,13 +8,14 @@ deepspeed ... launch/pretrain_gpt.py @imported/model.args --load imported --fine
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noflush.launch.arguments.settings import Model, Tokens
-from noflush.launch.data.tokenizer import make_tokenizer
+from noflush.launch.data.tokenizer import TRUST, make_tokenizer
 from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, read_tokens
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-file", help="--to-hf: GPT-2's vocab.json (default: the run's tokenizer)")
     parser.add_argument("--merge-file", help="--to-hf: GPT-2's merges.txt")
     parser.add_argument("--tokenizer-model", help="--to-hf: a Hugging Face tokenizer's folder")
+    parser.add_argument("--trust-remote-code", action="store_true", help=f"--to-hf: {TRUST}")
     parser.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="--from-hf: of the run to come"
     )
@@ -44,7 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="--from-hf: copy the embedding's last row until N x the tensor-parallel size divides it",
+        help="--from-hf: add rows that are no token's, without probability, until N x the tensor-parallel size divides "
+        "the vocabulary (default: %(default)s)",
     )
     return parser
 
@@ -58,16 +61,19 @@ def _cast(state: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
 def _named_tokens(args: argparse.Namespace) -> Tokens | None:
     """The tokenizer that the options name."""
     if args.tokenizer_model:
-        return Tokens("HuggingFaceTokenizer", args.tokenizer_model, None, None, None, 0, False)
+        return Tokens("HuggingFaceTokenizer", args.tokenizer_model, None, None, None, 0, args.trust_remote_code)
     if args.vocab_file or args.merge_file:
         return Tokens("GPT2BPETokenizer", None, args.vocab_file, args.merge_file, None, 0, False)
     return None
 
 
-def to_hf(checkpoints: str, out: str, dtype: str | None, tokens: Tokens | None) -> tuple[Model, str]:
+def to_hf(
+    checkpoints: str, out: str, dtype: str | None, tokens: Tokens | None, trust_remote_code: bool = False
+) -> tuple[Model, str]:
     """Writes the newest checkpoint in ``checkpoints`` to the folder ``out``; its model, and words on the tokenizer.
 
-    Without ``tokens`` the tokenizer is the run's, if its files are still there. Raises ValueError.
+    Without ``tokens`` the tokenizer is the run's, if its files are still there; ``trust_remote_code`` is for its code.
+    Raises ValueError.
     """
     from noflush.launch.convert.checkpoint import read_weights
     from noflush.launch.convert.folder import write_folder
@@ -77,11 +83,13 @@ def to_hf(checkpoints: str, out: str, dtype: str | None, tokens: Tokens | None) 
     model = read_model(checkpoint)
     layout_of(model)  # before anything large is read
     eod, note = None, "no tokenizer"
-    wanted = tokens or read_tokens(checkpoint)
+    wanted, download = tokens, tokens is not None
+    if wanted is None and (found := read_tokens(checkpoint)):
+        wanted = dataclasses.replace(found, trust_remote_code=trust_remote_code)
     if wanted is not None and wanted.type in _WRITABLE:
         try:
-            eod = make_tokenizer(wanted).eod
-            note = f"tokenizer {wanted.type}"
+            eod = make_tokenizer(wanted, download).eod
+            note = f"tokenizer {wanted.type} of {wanted.model or wanted.vocab_file}"
         except ValueError as error:
             if tokens is not None:
                 raise
@@ -89,7 +97,7 @@ def to_hf(checkpoints: str, out: str, dtype: str | None, tokens: Tokens | None) 
     else:
         wanted = None
     config, weights = to_hugging_face(_cast(read_weights(checkpoint, model), dtype), model, eod)
-    write_folder(out, config, weights, wanted)
+    write_folder(out, config, weights, wanted, download)
     return model, note
 
 
@@ -101,8 +109,7 @@ def from_hf(folder: str, out: str, dtype: str | None, tensor_parallel: int = 1, 
     from noflush.launch.convert.hugging_face import from_hugging_face
 
     state, model = from_hugging_face(*read_folder(folder))
-    if vocabulary_multiple > 1:
-        state, model = pad_vocabulary(state, model, vocabulary_multiple * tensor_parallel)
+    state, model = pad_vocabulary(state, model, vocabulary_multiple * tensor_parallel)
     write_checkpoint(out, _cast(state, dtype), model, tensor_parallel)
     lines = [*arguments_of(model), f"--tensor-model-parallel-size {tensor_parallel}"]
     (Path(out) / ARGUMENTS).write_text("\n".join(lines) + "\n")
@@ -116,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.to_hf:
             source, out = args.to_hf
-            model, note = to_hf(source, out, args.dtype, _named_tokens(args))
-            print(f"{out}: {model.layers} layers, width {model.hidden}, {model.vocabulary:,} tokens; {note}")  # noqa: T201
+            model, note = to_hf(source, out, args.dtype, _named_tokens(args), args.trust_remote_code)
+            print(f"{out}: {model.layers} layers, width {model.hidden}, {model.token_ids:,} tokens; {note}")  # noqa: T201
         else:
             source, out = args.from_hf
             sizes = args.tensor_model_parallel_size, args.make_vocab_size_divisible_by

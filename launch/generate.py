@@ -6,14 +6,17 @@ python launch/generate.py --load runs/demo/no_flush --prompt "def main" --max-ne
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from noflush.launch.arguments.settings import Tokens
-from noflush.launch.data.tokenizer import TYPES, Tokenizer, make_tokenizer
+from noflush.launch.data.tokenizer import TRUST, TYPES, Tokenizer, make_tokenizer, untrusted
 from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, read_tokens
+
+_ATTENTION = "eager"  # that every one of transformers' models has
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,11 +33,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-file")
     parser.add_argument("--merge-file")
     parser.add_argument("--vocab-size", type=int, help="of the NullTokenizer")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     return parser
 
 
-def load_model(folder: str) -> Any:
-    """The transformers model in ``folder``, on the GPU if there is one. Raises ValueError if there is no model."""
+def load_model(folder: str, trust_remote_code: bool = False) -> Any:
+    """The transformers model in ``folder``, on the GPU if there is one. Raises ValueError if there is no model.
+
+    A Hugging Face folder's own code runs if ``trust_remote_code``; its weights are read from safetensors alone.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -46,15 +53,26 @@ def load_model(folder: str) -> Any:
     logging.disable_progress_bar()
     if is_hugging_face(folder):
         try:
-            network = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            # Said for each: None would ask on the terminal whether to run the folder's code, a pytorch_model.bin is a
+            # pickle, and a config.json may name an attention kernel to be fetched from a hub and run.
+            network = AutoModelForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                attn_implementation=_ATTENTION,
+            )
         except Exception as error:  # whatever the library raises
-            raise ValueError(f"--load {folder} cannot be loaded by transformers: {_first_line(error)}") from None
+            reason = untrusted(error) or _first_line(error)
+            raise ValueError(f"--load {folder} cannot be loaded by transformers: {reason}") from None
     else:
         checkpoint = checkpoint_in(folder)
         model = read_model(checkpoint)
         config, weights = to_hugging_face(read_weights(checkpoint, model), model)
         dtype = getattr(torch, config.pop("torch_dtype"))
-        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+        network = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=dtype, attn_implementation=_ATTENTION
+        )
         if model.tied:
             weights["lm_head.weight"] = network.get_input_embeddings().weight
         network.load_state_dict(weights)
@@ -62,19 +80,21 @@ def load_model(folder: str) -> Any:
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def tokens_of(args: argparse.Namespace) -> Tokens:
-    """The tokenizer that the options name; without any the run's, or the Hugging Face folder's."""
+def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that the options name; without any the run's, or the Hugging Face folder's. Raises ValueError."""
     from noflush.launch.convert.folder import has_tokenizer, is_hugging_face
 
-    kind = args.tokenizer_type
+    kind, trust = args.tokenizer_type, args.trust_remote_code
     if kind is None and args.vocab_file and args.merge_file:
         kind = "GPT2BPETokenizer"
     if kind is None:
         if has_tokenizer(args.load):
-            return Tokens("HuggingFaceTokenizer", args.load, None, None, None, 0, False)
+            return make_tokenizer(Tokens("HuggingFaceTokenizer", args.load, None, None, None, 0, trust), download=False)
         if not is_hugging_face(args.load) and (found := read_tokens(checkpoint_in(args.load))):
-            return found
-    return Tokens(kind, args.tokenizer_model, args.vocab_file, args.merge_file, args.vocab_size, 0, False)
+            return make_tokenizer(dataclasses.replace(found, trust_remote_code=trust), download=False)
+    return make_tokenizer(
+        Tokens(kind, args.tokenizer_model, args.vocab_file, args.merge_file, args.vocab_size, 0, trust)
+    )
 
 
 def generate(
@@ -104,7 +124,7 @@ def generate(
         )
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": top_k}
-    # The vocabulary is padded: its last rows are no tokens.
+    # A Hugging Face folder's vocabulary may be padded: its last rows are no tokens.
     padding = list(range(tokenizer.vocab_size, config.vocab_size))
     found = network.generate(
         torch.tensor([ids], device=network.device),
@@ -138,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.max_new_tokens < 1 or args.temperature < 0 or args.top_k < 0:
             raise ValueError("--max-new-tokens must be 1 or more, --temperature and --top-k not below 0")
-        tokenizer = make_tokenizer(tokens_of(args))
-        network = load_model(args.load)
+        tokenizer = tokenizer_of(args)
+        network = load_model(args.load, args.trust_remote_code)
         text = generate(network, tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed)
     except (ValueError, OSError) as error:
         print(f"generate: {_first_line(error)}", file=sys.stderr)  # noqa: T201

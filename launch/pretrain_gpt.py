@@ -7,7 +7,6 @@ srun python launch/pretrain_gpt.py ARGUMENTS ...
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
@@ -38,9 +37,10 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     """
     from noflush.launch.arguments.files import file_faults
     from noflush.launch.arguments.understand import understand
-    from noflush.launch.data.tokenizer import make_tokenizer, padded_vocabulary
+    from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
     from noflush.launch.training.checkpoints import model_faults
+    from noflush.launch.training.vocabulary import with_vocabulary
     from noflush.launch.training.writers import board_needed
 
     settings, without_meaning = understand(argv, world)
@@ -48,19 +48,9 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     faults += folder_faults(settings.checkpoints, trains=not settings.steps.skip_train)
     if not faults:
         try:
-            tokenizer = make_tokenizer(settings.tokens)
+            settings = with_vocabulary(settings, make_tokenizer(settings.tokens).vocab_size)
         except ValueError as error:
             faults.append(str(error))
-        else:
-            rows = settings.model.vocabulary or padded_vocabulary(
-                tokenizer.vocab_size, settings.model.pad_vocabulary_to
-            )
-            if rows < tokenizer.vocab_size:
-                faults.append(
-                    f"--padded-vocab-size {rows} for a tokenizer with {tokenizer.vocab_size} token ids: it must be "
-                    "that or more; leave it out to have it worked out"
-                )
-            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     faults += [] if faults else load_part_faults(settings)
     if faults:

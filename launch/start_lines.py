@@ -12,10 +12,13 @@ from noflush.launch.gpt.size import describe
 def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[str, Sequence[str]]) -> list[str]:
     """The model, the ranks, what is noteworthy, and the options without meaning by what they are about."""
     model, ranks, steps = settings.model, settings.ranks, settings.steps
+    vocabulary = f"{model.token_ids}"
+    if model.vocabulary_padding:
+        vocabulary += f" (and {model.vocabulary_padding} rows of padding, without probability)"
     length = f"{steps.samples} samples" if steps.by_samples else f"{steps.iterations} iterations"
     lines = [
         f"GPT of {parameters:,} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
-        f"sequence {model.sequence}, vocabulary {model.vocabulary}; {', '.join(describe(model))}",
+        f"sequence {model.sequence}, vocabulary {vocabulary}; {', '.join(describe(model))}",
         f"{ranks.world} ranks: pipeline {ranks.pipeline} x data {ranks.data} x tensor {ranks.tensor}; micro-batch "
         f"{settings.batch.micro}, global batch {settings.batch.global_size} (K = {settings.gas}); "
         f"{settings.precision}; {length}",

@@ -18,6 +18,8 @@ from noflush.config import OLDEST_DEEPSPEED, ConfigError, RunFacts, check_config
 logger = logging.getLogger("noflush")
 TESTED = ("0.19.8",)
 _ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
+_SHARED_MEMORY_OP = "deepspeed_shm_comm"
+_SHARED_MEMORY: dict[str, Any] = {}
 _NEEDED = {
     ("deepspeed.runtime.pipe.engine", "PipelineEngine"): (
         "_exec_forward_pass",
@@ -89,6 +91,11 @@ def patch() -> None:
 
     # Not to be warned of as untested under ZeRO-1: noflush's tests hold them there.
     _zero_optimizers().extend(RULES.values())
+    # On a CPU `init_distributed` would compile a collective for `inference_all_reduce`, which takes minutes, fails
+    # without a C++ compiler, and waits for ever on the lock of a build that was killed. Without it the same sum is
+    # formed by gloo.
+    _SHARED_MEMORY["was"] = deepspeed.ops.__compatible_ops__.get(_SHARED_MEMORY_OP)
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = False
 
 
 def unpatch() -> None:
@@ -104,6 +111,7 @@ def unpatch() -> None:
 
         known = _zero_optimizers()
         known[:] = [optimizer for optimizer in known if optimizer not in RULES.values()]
+        deepspeed.ops.__compatible_ops__[_SHARED_MEMORY_OP] = _SHARED_MEMORY["was"]
 
 
 def _zero_optimizers() -> list[type]:
@@ -127,10 +135,15 @@ def missing_seams() -> list[str]:
     missing = []
     if version < OLDEST_DEEPSPEED:
         missing.append(f"version {'.'.join(map(str, OLDEST_DEEPSPEED))} or newer")
-    if "PipelineEngine" not in deepspeed.initialize.__code__.co_names:
+    code = getattr(getattr(deepspeed, "initialize", None), "__code__", None)
+    if code is None or "PipelineEngine" not in code.co_names:
         missing.append("deepspeed.initialize looking up PipelineEngine when called")
     for (module, owner), names in _NEEDED.items():
-        found = getattr(importlib.import_module(module), owner, None)
+        try:
+            found = getattr(importlib.import_module(module), owner, None)
+        except ImportError as error:
+            missing.append(f"{module} ({error})")
+            continue
         missing += [f"{module}.{owner}.{name}" for name in names if not hasattr(found, name)]
     return missing
 
@@ -154,16 +167,50 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     from noflush.engine import NoFlushEngine
     from noflush.patches import megatron_deepspeed as megatron
+    from noflush.patches.client_optimizer import with_rule
+    from noflush.patches.shared_modules import shared_untied
 
     model = kwargs["model"]
     flags = megatron.arguments_of(model)
     facts = facts_of(model, host_config, kwargs.get("optimizer"))
-    if flags is None:
-        return NoFlushEngine(*check_run(ds_config, facts), *args, **kwargs)
-    checked = check_run(ds_config, megatron.facts(facts, flags, ds_config))
-    engine = NoFlushEngine(*checked, *args, **megatron.with_our_optimizer(kwargs, flags, ds_config))
-    megatron.follow_updates(engine, flags)
+    block, schedule = check_run(ds_config, facts if flags is None else megatron.facts(facts, flags, ds_config))
+    if block.optimizer is not None:
+        kwargs = with_rule(kwargs, block.optimizer)
+    elif flags is not None:
+        kwargs = megatron.with_our_optimizer(kwargs, flags, ds_config)
+    for line in shared_untied(model):
+        logger.warning("noflush: %s", line)
+    engine = NoFlushEngine(block, schedule, *args, **_with_something_to_hold(kwargs))
+    if flags is not None:
+        megatron.follow_updates(engine, flags)
     return engine
+
+
+def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of an engine whose optimizer has a parameter even where nothing of the stage trains.
+
+    torch's optimizers refuse an empty list. A frozen stage's own parameters will do, or one that nothing reads.
+    Raises ConfigError where DeepSpeed keeps master weights, of which it cannot have none.
+    """
+    learnt = kwargs.get("model_parameters")
+    learnt = None if learnt is None else list(learnt)
+    empty = learnt is not None and not any(g["params"] if isinstance(g, dict) else True for g in learnt)
+    own = list(kwargs["model"].parameters())
+    host_config = kwargs["config_class"]
+    keeps_masters = host_config.zero_optimization_stage or host_config.bfloat16_config.enabled
+    if (keeps_masters or host_config.float16_config.enabled) and not any(p.requires_grad for p in own):
+        raise ConfigError(
+            [
+                f"stage {kwargs['model'].stage_id} has no parameter to train, and DeepSpeed's bf16, fp16 and ZeRO-1 "
+                "optimizers need one: train in float32 without ZeRO, or move a layer that trains onto that stage "
+                "(partition_method, or fewer stages)"
+            ]
+        )
+    if kwargs.get("optimizer") is None and (empty or not own):
+        from torch import nn, zeros
+
+        return {**kwargs, "model_parameters": own or [nn.Parameter(zeros(1), requires_grad=False)]}
+    return {**kwargs, "model_parameters": learnt}
 
 
 def _refuse_block(original: type, *args: Any, **kwargs: Any) -> Any:
@@ -200,14 +247,3 @@ def _tied_keys(model: Any) -> list[str]:
 
     keys = {spec.key for spec in model._layer_specs if isinstance(spec, TiedLayerSpec)}
     return sorted(keys)
-
-
-def skip_shared_memory_build() -> None:
-    """Keeps `init_distributed` on a CPU from compiling DeepSpeed's shared-memory collective.
-
-    It serves `inference_all_reduce` alone, which training never calls; its build takes a minute or more
-    and fails without a C++ compiler.
-    """
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -24,18 +24,21 @@ from noflush.config import OUR_OPTIMIZERS, RunFacts, parse_block
 logger = logging.getLogger("noflush")
 TESTED = "4efb479d"
 _MODEL = ("megatron.model.gpt_model", "GPTModelPipe")
-_GROUP_KEYS = ("params", "name", "lr", "lr_mult", "weight_decay", "wd_mult")
-"""Of Megatron's parameter groups: its own marks, and what its schedule sets; the rest is its optimizer's."""
 
 
 class MegatronChangedError(RuntimeError):
     """Megatron-DeepSpeed is not of the shape that noflush knows."""
 
     def __init__(self, missing: str) -> None:
+        self.missing = missing
         super().__init__(
             f"noflush found {'.'.join(_MODEL)}, but not {missing} (tested: Megatron-DeepSpeed at commit {TESTED}). "
             "Check that commit out, or take async_pipeline out of the DeepSpeed config"
         )
+
+    def __reduce__(self) -> tuple[type[MegatronChangedError], tuple[str]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.missing,)
 
 
 def arguments_of(model: Any) -> Any:
@@ -102,29 +105,22 @@ def with_our_optimizer(kwargs: dict[str, Any], args: Any, ds_config: Mapping[str
     theirs = kwargs.get("optimizer")
     if theirs is None or not _asks_for_ours(ds_config):
         return kwargs
-    from noflush.optim import RULES
+    from noflush.patches.client_optimizer import with_rule
 
-    section = ds_config["optimizer"]
-    params = {k: v for k, v in (section.get("params") or {}).items() if k not in ("lr", "weight_decay")}
-    groups = [{k: v for k, v in group.items() if k in _GROUP_KEYS} for group in theirs.param_groups]
-    rule: Any = RULES[section["type"]]
-    ours = rule(groups, lr=args.lr, weight_decay=args.weight_decay, **params)
-    schedule = kwargs.get("lr_scheduler")
-    if schedule is not None:
-        if getattr(schedule, "optimizer", None) is not theirs:
-            raise MegatronChangedError("megatron.optimizer_param_scheduler.OptimizerParamScheduler.optimizer")
-        schedule.optimizer = ours
-    replaced = f"{type(theirs).__module__}.{type(theirs).__qualname__}"
-    line = f"noflush: {type(ours).__name__} of the DeepSpeed config in place of Megatron's {replaced}"
-    logger.info("%s, for %d parameter groups and their schedule", line, len(groups))
+    replaced = with_rule(kwargs, ds_config["optimizer"])
+    ours = replaced["optimizer"]
     if args.rank == 0:
+        line = (
+            f"noflush: {type(ours).__name__} of the DeepSpeed config in place of Megatron's "
+            f"{type(theirs).__module__}.{type(theirs).__qualname__}"
+        )
         chosen = {k: v for k, v in ours.defaults.items() if k in ("betas", "momentum", "eps")}
         print(  # noqa: T201 (Megatron has just printed its --adam-beta1 and -2, which do not apply)
             f"{line}: {', '.join(f'{k} {v}' for k, v in chosen.items())}; learning rate and weight decay by Megatron's "
             "schedule",
             flush=True,
         )
-    return kwargs | {"optimizer": ours}
+    return replaced
 
 
 def follow_updates(engine: Any, args: Any) -> None:

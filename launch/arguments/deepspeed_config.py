@@ -79,7 +79,7 @@ def complete(
     _agree(of, ds, "train_micro_batch_size_per_gpu", batch.micro, "--micro-batch-size", "micro_batch_size")
     _agree(of, ds, "train_batch_size", batch.global_size, "--global-batch-size", "global_batch_size")
     _agree(of, ds, "gradient_accumulation_steps", batch.global_size // unit, "--global-batch-size", "global_batch_size")
-    ds["train_batch_size"], ds["gradient_accumulation_steps"] = size, max(1, size // unit)
+    ds["train_batch_size"], ds["gradient_accumulation_steps"] = max(1, size), max(1, size // unit)
     _agree(of, ds, "gradient_clipping", of.values["clip_grad"], "--clip-grad", "clip_grad")
     ds.setdefault("steps_per_print", 1_000_000_000)
     _set_precision(of, ds, precision)

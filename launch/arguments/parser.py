@@ -26,6 +26,10 @@ class ArgumentsError(ValueError):
         self.faults = faults
         super().__init__("\n".join(["these arguments cannot be trained with:", *(f"  - {fault}" for fault in faults)]))
 
+    def __reduce__(self) -> tuple[type[ArgumentsError], tuple[list[str]]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.faults,)
+
 
 @dataclass(frozen=True)
 class Given:
@@ -99,18 +103,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Files of arguments lie in checkpoints that others made: what lets code run does not count there.
+_COMMAND_LINE_ALONE = frozenset({"--trust-remote-code"})
+
+
 def expand(argv: list[str]) -> list[str]:
     """``argv`` with every ``@FILE`` replaced by the words in it; ``#`` starts a comment there.
 
-    Raises ArgumentsError if a file cannot be read.
+    Raises ArgumentsError if a file cannot be read, or says what is the command line's alone to say.
     """
-    words = []
+    words: list[str] = []
     for word in argv:
         if word.startswith("@"):
             try:
-                words += shlex.split(Path(word[1:]).read_text(), comments=True)
+                found = shlex.split(Path(word[1:]).read_text(), comments=True)
             except (OSError, ValueError) as error:
                 raise ArgumentsError([f"{word} cannot be read as a file of arguments: {error}"]) from None
+            if given := [option for option in found if option in _COMMAND_LINE_ALONE]:
+                raise ArgumentsError(
+                    [f"{given[0]} in {word}: no file can allow code to run; give it on the command line"]
+                )
+            words += found
         else:
             words.append(word)
     return words

@@ -18,9 +18,10 @@ class Model:
         activation: ``gelu``, ``openai_gelu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU of it.
         query_groups: key-value heads; as many as heads without grouped-query attention.
         tied: whether the output layer shares the word embedding's weights.
-        vocabulary: rows of the embedding; 0 until the tokenizer is known.
+        vocabulary: rows of the embedding and of the output layer; 0 until the tokenizer is known.
         rope_base, rope_percent, rope_interleaved, rope_interpolation, rope_scaling: rotary positions as Megatron's
             ``--rotary-*`` and ``--rope-scaling-factor`` (None: no scaling).
+        vocabulary_padding: so many of the vocabulary's last rows are no token's and have no probability.
     """
 
     layers: int
@@ -55,6 +56,12 @@ class Model:
     rope_scaling: float | None
     pad_vocabulary_to: int
     vocabulary: int
+    vocabulary_padding: int = 0
+
+    @property
+    def token_ids(self) -> int:
+        """Token ids there are; they are the vocabulary's first rows."""
+        return self.vocabulary - self.vocabulary_padding
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,18 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("seed", "between 0 and 2^32 - 1", lambda value: 0 <= value < 2**32),
 )
 
+_MOST = 2**40
+"""No number of an argument list is larger."""
+_MOST_OF = {
+    # Made one by one before training starts.
+    "num_layers": 2**16,
+    "num_workers": 2**12,
+    "tensorboard_queue_size": 2**20,
+    # What clocks can count.
+    "distributed_timeout_minutes": 60 * 24 * 365,
+    "exit_duration_in_mins": 60 * 24 * 3650,
+}
+
 
 class Values:
     """The values of a command line, and the faults found in them."""
@@ -60,6 +72,8 @@ class Values:
             self.faults.append(f"{option} is missing: every Megatron GPT run needs it")
         elif value < 1:
             self.faults.append(f"{option} is {value}: it must be 1 or more")
+        elif value > _MOST_OF.get(name, _MOST):
+            self.faults.append(f"{option} is {value}: it must be at most {_MOST_OF.get(name, _MOST)}")
         else:
             return int(value)
         self._unknown.add(name)
@@ -80,8 +94,12 @@ class Values:
     def check_ranges(self) -> None:
         """Faults of numbers out of range; the default stands in for them, so that each is one fault."""
         for name, rule, holds in ((name, rule, holds) for names, rule, holds in _RANGES for name in names.split()):
-            value = self.values[name]
-            if name in self.named and value is not None and not (math.isfinite(value) and holds(value)):
+            value, most = self.values[name], _MOST_OF.get(name, _MOST)
+            if name not in self.named or value is None:
+                continue
+            if math.isfinite(value) and holds(value) and value > most:
+                rule = f"at most {most}"
+            if not (math.isfinite(value) and holds(value) and value <= most):
                 self.faults.append(f"{self.named[name]} is {value}: it must be {rule}")
                 self._unknown.add(name)
                 self.values[name] = defaults()[name]

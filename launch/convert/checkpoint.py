@@ -108,6 +108,8 @@ def read_weights(checkpoint: Path, model: Model) -> State:
         for name in slices[0]:
             plain, ours = _place(name)
             full = plain.format(layer - 1) + name[len(ours) :]
+            if lacking := [number for number, part in enumerate(slices) if name not in part]:
+                raise ValueError(f"{files[layer][lacking[0]]} has no {name}, and {files[layer][0]} has")
             state[full] = merge(name, [part[name] for part in slices], model.gated)
     return state
 
@@ -118,8 +120,10 @@ def _load(path: Path) -> State:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     weights = {}
-    for name, value in found.items():
-        if not name.endswith(_EXTRA):
+    for name, value in found.items() if isinstance(found, dict) else [("weights", None)]:
+        if not str(name).endswith(_EXTRA):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{path} is no layer of a checkpoint: {name} is no tensor")
             for fused, plain in _FUSED_NORMS.items():
                 name = name.replace(fused, plain)
             weights[name] = value
@@ -127,7 +131,11 @@ def _load(path: Path) -> State:
 
 
 def pad_vocabulary(state: State, model: Model, multiple: int) -> tuple[State, Model]:
-    """Both with the vocabulary brought up to ``multiple``: copies of the last row, whose logits so disturb nothing."""
+    """Both with the vocabulary brought up to a multiple of ``multiple`` by rows of zeros, which count as padding.
+
+    The loss gives them neither probability nor gradient, no token looks them up, and weight decay leaves zeros zeros:
+    they add nothing to any norm, in any dtype, and a tokenizer that grows into them finds no other token's meaning.
+    """
     rows = -(-model.vocabulary // multiple) * multiple
     if rows == model.vocabulary:
         return state, model
@@ -135,8 +143,8 @@ def pad_vocabulary(state: State, model: Model, multiple: int) -> tuple[State, Mo
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         if name in state:
             weight = state[name]
-            state[name] = torch.cat([weight, weight[-1:].expand(rows - len(weight), -1)])
-    return state, dataclasses.replace(model, vocabulary=rows)
+            state[name] = torch.cat([weight, weight.new_zeros(rows - len(weight), weight.shape[1])])
+    return state, dataclasses.replace(model, vocabulary=rows, vocabulary_padding=rows - model.token_ids)
 
 
 def write_checkpoint(folder: str | Path, state: Mapping[str, Tensor], model: Model, tensor_parallel: int = 1) -> Path:

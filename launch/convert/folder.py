@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from noflush.launch.arguments.settings import Tokens
+from noflush.launch.data.tokenizer import auto_tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"
@@ -36,6 +37,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         files = [WEIGHTS]
         if not (path / WEIGHTS).is_file() and (path / INDEX).is_file():
             files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        if elsewhere := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{INDEX} names {elsewhere[0]}, which is not in the folder")
         weights: dict[str, Tensor] = {}
         for name in files:
             weights |= load_file(path / name)
@@ -48,9 +51,15 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_folder(
-    folder: str | Path, config: Mapping[str, Any], weights: dict[str, Tensor], tokens: Tokens | None = None
+    folder: str | Path,
+    config: Mapping[str, Any],
+    weights: dict[str, Tensor],
+    tokens: Tokens | None = None,
+    download: bool = True,
 ) -> None:
     """Writes what ``AutoModelForCausalLM.from_pretrained`` reads, and with ``tokens`` what ``AutoTokenizer`` does.
+
+    ``download``: as `make_tokenizer`'s.
 
     Raises ValueError if ``folder`` is not empty or the tokenizer cannot be written.
     """
@@ -59,12 +68,12 @@ def write_folder(
         raise ValueError(f"{folder} is not an empty folder: give a new one")
     path.mkdir(parents=True, exist_ok=True)
     if tokens is not None:
-        _write_tokenizer(path, tokens)
+        _write_tokenizer(path, tokens, download)
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(weights, path / WEIGHTS, metadata={"format": "pt"})
 
 
-def _write_tokenizer(path: Path, tokens: Tokens) -> None:
+def _write_tokenizer(path: Path, tokens: Tokens, download: bool) -> None:
     if tokens.type == "GPT2BPETokenizer":
         from tokenizers.implementations import ByteLevelBPETokenizer
 
@@ -80,8 +89,6 @@ def _write_tokenizer(path: Path, tokens: Tokens) -> None:
         of_fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
         (path / "tokenizer_config.json").write_text(json.dumps(of_fast, indent=2) + "\n")
     elif tokens.type == "HuggingFaceTokenizer":
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(tokens.model, trust_remote_code=tokens.trust_remote_code).save_pretrained(path)
+        auto_tokenizer(tokens, download).save_pretrained(path)
     else:
         raise ValueError(f"a {tokens.type} cannot be written for transformers: leave it out")

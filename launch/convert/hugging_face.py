@@ -75,20 +75,28 @@ def layout_of(model: Model) -> Layout:
 def to_hugging_face(state: Mapping[str, Tensor], model: Model, eod: int | None = None) -> tuple[dict[str, Any], State]:
     """(config.json, weights) of ``state`` in megatron-core's names.
 
-    ``eod``: id of the token that ends a text. Biases that the layout has and the model has not are zeros. Raises
-    ValueError where the layouts do not fit.
+    ``eod``: id of the token that ends a text. Biases that the layout has and the model has not are zeros. The
+    vocabulary is cut to the token ids: transformers would give its padding a probability. Raises ValueError where the
+    layouts do not fit.
     """
-    if layout_of(model) == "gpt2":
-        config, weights = _gpt2_config(model), _to_gpt2(state, model)
-    else:
-        config, weights = _llama_config(model), _to_llama(state, model)
-    if not model.tied:
-        weights["lm_head.weight"] = state["output_layer.weight"]
+    vocabularies = f"{_WORDS}.weight", "output_layer.weight"
+    for name in vocabularies:
+        if name in state and len(state[name]) != model.vocabulary:
+            raise ValueError(f"{name} has {len(state[name])} rows, and the model a vocabulary of {model.vocabulary}")
+    state = {name: weight[: model.token_ids] if name in vocabularies else weight for name, weight in state.items()}
+    layout = layout_of(model)
+    config = _gpt2_config(model) if layout == "gpt2" else _llama_config(model)
+    try:
+        weights = _to_gpt2(state, model) if layout == "gpt2" else _to_llama(state, model)
+        if not model.tied:
+            weights["lm_head.weight"] = state["output_layer.weight"]
+    except KeyError as error:
+        raise ValueError(f"the weight {error} is missing: the checkpoint is not of the model that it says") from None
     dtype = str(state[f"{_WORDS}.weight"].dtype).removeprefix("torch.")
     config |= {
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied,
-        "vocab_size": model.vocabulary,
+        "vocab_size": model.token_ids,
         "torch_dtype": dtype,
         "bos_token_id": eod,
         "eos_token_id": eod,
@@ -208,14 +216,15 @@ def from_hugging_face(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     """
     kind = config.get("model_type")
     left = _Weights({name: weight for name, weight in weights.items() if not _BUFFERS.fullmatch(name)})
-    if kind == "gpt2":
-        model = _gpt2_model(config)
-        state = _from_gpt2(left, model)
-    elif kind == "llama":
-        model = _llama_model(config)
-        state = _from_llama(left, model)
-    else:
+    if kind not in ("gpt2", "llama"):
         raise ValueError(f"model_type {kind}: only gpt2 and llama can be read")
+    try:
+        model = _gpt2_model(config) if kind == "gpt2" else _llama_model(config)
+    except KeyError as error:
+        raise ValueError(
+            f"the config has no {error}: save the model with from_pretrained and save_pretrained"
+        ) from None
+    state = _from_gpt2(left, model) if kind == "gpt2" else _from_llama(left, model)
     head = left.pop("lm_head.weight", None)
     if not model.tied:
         if head is None:

@@ -7,7 +7,7 @@ transformers 5 reads ``vocab_file=`` as an empty vocabulary; so GPT-2's two file
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from noflush.launch.arguments.settings import Tokens
@@ -20,6 +20,10 @@ TYPES = (
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
 )
+
+
+TRUST = "run the code that a Hugging Face folder brings along; from the command line alone, never from a file"
+"""What --trust-remote-code means."""
 
 
 class Tokenizer:
@@ -57,8 +61,11 @@ class Tokenizer:
         return self._decode(list(ids))
 
 
-def make_tokenizer(settings: Tokens) -> Tokenizer:
-    """The tokenizer that ``settings`` name. Raises ValueError with the reason and the fix if it cannot be made."""
+def make_tokenizer(settings: Tokens, download: bool = True) -> Tokenizer:
+    """The tokenizer that ``settings`` name. Raises ValueError with the reason and the fix if it cannot be made.
+
+    Without ``download`` a hub's name is looked for among what was downloaded before: for names that stand in a file.
+    """
     if settings.type is None:
         raise ValueError(
             "no tokenizer: give --tokenizer-type GPT2BPETokenizer with --vocab-file and --merge-file, "
@@ -66,7 +73,7 @@ def make_tokenizer(settings: Tokens) -> Tokenizer:
         )
     makers = {
         "GPT2BPETokenizer": _gpt2,
-        "HuggingFaceTokenizer": _hugging_face,
+        "HuggingFaceTokenizer": lambda settings: _hugging_face(settings, download),
         "NullTokenizer": _null,
         "SentencePieceTokenizer": _sentencepiece,
         "GPTSentencePieceTokenizer": _sentencepiece,
@@ -93,26 +100,49 @@ def _gpt2(settings: Tokens) -> Tokenizer:
     eod = bpe.token_to_id("<|endoftext|>")
     if eod is None:
         raise ValueError(f"--vocab-file {settings.vocab_file} has no <|endoftext|>: GPT-2's end-of-document token")
-    return Tokenizer(settings, bpe.get_vocab_size(), eod, lambda text: bpe.encode(text).ids, bpe.decode)
+    return Tokenizer(settings, _ids(bpe.get_vocab()), eod, lambda text: bpe.encode(text).ids, bpe.decode)
 
 
-def _hugging_face(settings: Tokens) -> Tokenizer:
-    from transformers import AutoTokenizer
+def _ids(vocabulary: Mapping[str, int]) -> int:
+    """How many ids a vocabulary takes: some are not numbered without gaps."""
+    return max(vocabulary.values(), default=-1) + 1
 
+
+def _hugging_face(settings: Tokens, download: bool) -> Tokenizer:
     if settings.model is None:
         raise ValueError(
             "--tokenizer-type HuggingFaceTokenizer without --tokenizer-model: give a folder or a hub's name"
         )
     try:
-        auto = AutoTokenizer.from_pretrained(settings.model, trust_remote_code=settings.trust_remote_code)
+        auto = auto_tokenizer(settings, download)
     except Exception as error:  # whatever the library or its plug-ins raise
-        reason = str(error).splitlines()[0]
+        reason = untrusted(error) or (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"--tokenizer-model {settings.model} cannot be loaded by transformers: {reason}") from None
     if auto.eos_token_id is None:
         raise ValueError(f"the tokenizer in {settings.model} has no end-of-sequence token: set eos_token in its config")
     return Tokenizer(
-        settings, len(auto), auto.eos_token_id, lambda text: auto.encode(text, add_special_tokens=False), auto.decode
+        settings,
+        _ids(auto.get_vocab()),
+        auto.eos_token_id,
+        lambda text: auto.encode(text, add_special_tokens=False),
+        auto.decode,
     )
+
+
+def auto_tokenizer(settings: Tokens, download: bool) -> Any:
+    """transformers' own tokenizer of ``settings.model``. Raises whatever the library raises."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        settings.model, trust_remote_code=settings.trust_remote_code, local_files_only=not download
+    )
+
+
+def untrusted(error: Exception) -> str | None:
+    """What to do where transformers raised ``error`` because a folder brings code of its own; else None."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return "it brings code of its own; read that, then add --trust-remote-code to the command line to run it"
 
 
 def _null(settings: Tokens) -> Tokenizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
@@ -145,20 +145,38 @@ class NextTokenLoss:
 
     Args:
         low_precision: whether the logits stay in the model's dtype (``--fp16-lm-cross-entropy``).
+        token_ids: ids that have a probability, the first ones; the vocabulary's other rows have none, nor a gradient.
+            None: all rows have one.
     """
 
-    def __init__(self, low_precision: bool = False) -> None:
+    def __init__(self, low_precision: bool = False, token_ids: int | None = None) -> None:
         self._low_precision = low_precision
+        self._token_ids = token_ids
 
     def __call__(self, logits: Tensor, labels: tuple[Tensor, Tensor]) -> Tensor:
         """0-dim float32 loss of ``logits`` [s, b, v] for ``labels`` (token ids [b, s], float mask [b, s]).
 
-        megatron-core's cross-entropy overwrites float32 logits.
+        The logits are overwritten: float32 ones by megatron-core's cross-entropy, those of padding in any case.
         """
         targets, mask = labels
         if not self._low_precision:
             logits = logits.float()
+        if self._token_ids is not None:
+            _mask_padding(logits, self._token_ids)
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits, targets.transpose(0, 1).contiguous())
         mask = mask.transpose(0, 1).float()
         mean: Tensor = (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
         return mean
+
+
+def _mask_padding(logits: Tensor, token_ids: int) -> None:
+    """Overwrites this slice's ``logits`` [..., v] of padded ids by the dtype's lowest number: a probability of 0.
+
+    Finite, because infinity times the loss mask's zeros would be nan. Autograd need not know: where the softmax is 0
+    its gradient is too. A slice may be padding from its first column on; megatron-core subtracts the largest logit of
+    all slices.
+    """
+    columns = logits.shape[-1]
+    first = max(0, token_ids - parallel_state.get_tensor_model_parallel_rank() * columns)
+    if first < columns:
+        logits.detach()[..., first:].fill_(torch.finfo(logits.dtype).min)

@@ -73,6 +73,11 @@ def layer_specs(
     return layers
 
 
+def next_token_loss(model: Model) -> NextTokenLoss:
+    """The loss of ``model``, whose padded ids have no probability."""
+    return NextTokenLoss(model.loss_in_low_precision, model.token_ids if model.vocabulary_padding else None)
+
+
 def build_pipeline(settings: Settings) -> PipelineModule:
     """The run's module on this rank. torch.distributed and megatron-core's groups must be there."""
     steps, ranks = settings.steps, settings.ranks
@@ -87,7 +92,7 @@ def build_pipeline(settings: Settings) -> PipelineModule:
             settings.data.reset_mask,
         ),
         topology=topology,
-        loss_fn=NextTokenLoss(settings.model.loss_in_low_precision),
+        loss_fn=next_token_loss(settings.model),
         partition_method="type:Block",
         seed_layers=False,
     )

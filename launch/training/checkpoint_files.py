@@ -17,6 +17,7 @@ MODEL = "model.json"
 TOKENS = "tokenizer.json"
 WEIGHTS_ALONE = "weights_alone"
 """Marks a checkpoint without optimizer state."""
+_TRUST = "trust_remote_code"
 MANIFEST = "manifest.json"
 """Names and sizes of DeepSpeed's files in the checkpoint."""
 
@@ -55,16 +56,25 @@ def read_model(checkpoint: Path) -> Model:
 
 
 def write_tokens(checkpoint: Path, tokens: Tokens) -> None:
-    """Puts beside the weights which tokenizer they were trained with; its files are named, not copied."""
-    (checkpoint / TOKENS).write_text(json.dumps(dataclasses.asdict(tokens), indent=1))
+    """Puts beside the weights which tokenizer they were trained with; its files are named, not copied.
+
+    Whether its code was trusted is not written: that is for whoever reads the checkpoint to say.
+    """
+    fields = dataclasses.asdict(tokens)
+    del fields[_TRUST]
+    (checkpoint / TOKENS).write_text(json.dumps(fields, indent=1))
 
 
 def read_tokens(checkpoint: Path) -> Tokens | None:
-    """The tokenizer that the checkpoint was trained with; None if it does not say."""
+    """The tokenizer that the checkpoint was trained with, its code not trusted; None if it does not say."""
     try:
-        return Tokens(**json.loads((checkpoint / TOKENS).read_text()))
+        found = Tokens(**{**json.loads((checkpoint / TOKENS).read_text()), _TRUST: False})
     except (OSError, ValueError, TypeError):
         return None
+    names = found.type, found.model, found.vocab_file, found.merge_file
+    numbers = found.vocab_size or 0, found.extra_ids
+    fits = all(isinstance(name, str | None) for name in names) and all(type(number) is int for number in numbers)
+    return found if fits else None
 
 
 def checkpoint_in(folder: str | Path) -> Path:

@@ -212,7 +212,7 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
     # What weights were drawn by says nothing of those that were loaded.
     free |= {"init_std", "embedding_init_std", "xavier_init"}
     if settings.finetune:
-        free.add("sequence")
+        free |= {"sequence", "vocabulary_padding"}
     if model.positions != "learned_absolute":
         free.add("max_positions")
     return faults + [

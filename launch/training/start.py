@@ -17,13 +17,11 @@ from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
 from noflush.launch.training.random_state import seed_everything
 from noflush.launch.training.schedule import schedule_of
 from noflush.patches import megatron_core
-from noflush.patches.deepspeed import skip_shared_memory_build
 
 
 def join(ranks: Ranks) -> None:
     """Joins torch.distributed, and makes megatron-core's groups over it."""
     noflush.register()
-    skip_shared_memory_build()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from noflush.channels import Neighbours, TensorSpec, connect
+from noflush.channels import Neighbours, connect
 from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.host_weights import HostWeights
 from noflush.intake import Intake
 from noflush.kernels.choice import choose
+from noflush.payloads import TensorSpec
 from noflush.runner import StageRunner
 from noflush.schedule import Schedule
 from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate

@@ -21,85 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from noflush.payloads import TensorSpec
+
 _CONTROL_WORDS = 64
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
 
 
 class PeerError(RuntimeError):
     """A neighbour died, hangs or broke the protocol; the message names both stages and the action."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What both ends of a link agreed a tensor to be; ``differentiable`` ones send a gradient back."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    differentiable: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """The spec of a stage's output tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-    def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"{kind}{list(self.shape)}{'' if self.differentiable else ' without gradient'}"
-
-
-@dataclass(frozen=True)
-class PayloadSpec:
-    """What a stage hands to the next one: one tensor, or a tuple of any number of them."""
-
-    tensors: tuple[TensorSpec, ...]
-    is_tuple: bool
-
-    @classmethod
-    def of(cls, outputs: Tensor | tuple[Tensor, ...]) -> PayloadSpec:
-        """The spec of a stage's outputs."""
-        if isinstance(outputs, Tensor):
-            return cls((TensorSpec.of(outputs),), False)
-        return cls(tuple(TensorSpec.of(t) for t in outputs), True)
-
-    def __str__(self) -> str:
-        words = ", ".join(map(str, self.tensors))
-        return f"({words})" if self.is_tuple else words
-
-    def gradients(self) -> tuple[TensorSpec, ...]:
-        """Specs of the gradients that come back, in order."""
-        return tuple(spec for spec in self.tensors if spec.differentiable)
-
-    def to_words(self) -> list[int]:
-        """The spec as integers, for the control channel."""
-        words = [int(self.is_tuple), len(self.tensors)]
-        for spec in self.tensors:
-            words += [_DTYPES.index(spec.dtype), int(spec.differentiable), len(spec.shape), *spec.shape]
-        return words
-
-    @classmethod
-    def from_words(cls, words: Sequence[int]) -> PayloadSpec:
-        """The inverse of `to_words`; trailing words are ignored."""
-        is_tuple, count = bool(words[0]), words[1]
-        at, specs = 2, []
-        for _ in range(count):
-            dtype, differentiable, ndim = words[at : at + 3]
-            shape = tuple(words[at + 3 : at + 3 + ndim])
-            specs.append(TensorSpec(shape, _DTYPES[dtype], bool(differentiable)))
-            at += 3 + ndim
-        return cls(tuple(specs), is_tuple)
 
 
 @dataclass(frozen=True)

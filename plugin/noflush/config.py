@@ -6,6 +6,7 @@ Pure: no torch, no host. What the host knows about a run reaches the checks as a
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from noflush.schedule import Schedule, ScheduleName, WeightPolicy
+from noflush.host_optimizers import refusal
+from noflush.schedule import MOST_IN_FLIGHT, Schedule, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
 OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG", "PipeDreamAdamW")
@@ -27,6 +29,10 @@ class ConfigError(ValueError):
         self.faults = faults
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
         super().__init__(f"noflush refuses this configuration ({count}):\n" + "\n".join(f"  - {f}" for f in faults))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        # An exception is pickled by its message, which is not what makes this one.
+        return type(self), (self.faults,)
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -44,10 +50,16 @@ class AsyncPipelineConfig:
     weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
 
     extra_in_flight: int = 0
-    """Micro-batches in flight at stage 0 beyond one a stage; hides link latency at the price of delay."""
+    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
 
-    clip: Literal["stage"] = "stage"
-    """How ``gradient_clipping`` is applied: each stage clips by the norm of its own gradients."""
+    clip: Literal["stage", "global"] = "stage"
+    """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
+    by the norm of all stages' gradients, which exists with schedule ``1f1b_flush`` alone."""
+
+    optimizer: dict[str, Any] | None = None
+    """For scripts that pass an optimizer of their own to `deepspeed.initialize`: the rule of noflush's that takes its
+    place, as ``{"type": "DelayAwareNAdamW", "params": {...}}``. It keeps the script's parameter groups, and the
+    script's schedule sets their learning rate and weight decay. None leaves the script's optimizer."""
 
     kernel: Literal["auto", "triton", "compile", "torch"] = "auto"
     """What computes the update of noflush's own optimizers: ``triton`` (one fused pass; GPUs), ``compile``
@@ -57,8 +69,8 @@ class AsyncPipelineConfig:
     """Folder for one trace file a rank (the newest events only); None writes none."""
 
     peer_timeout_s: float = 1800.0
-    """Seconds a stage waits for a message of a neighbour before it ends the job with an error that names both.
-    A neighbour's own work between calls (evaluation, data) counts; one that died is noticed at once."""
+    """Seconds (1 to 604800, a week) a stage waits for a message of a neighbour before it ends the job with an error
+    that names both. A neighbour's own work between calls (evaluation, data) counts; a dead one is noticed at once."""
 
     max_skipped_updates: int = 100
     """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
@@ -138,10 +150,20 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "to deepspeed.initialize"
         )
     named = _at(ds_config, "optimizer", "type")
-    if facts.client_optimizer and named in OUR_OPTIMIZERS:
+    if facts.client_optimizer and named in OUR_OPTIMIZERS and config is not None and config.optimizer is None:
         faults.append(
             f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
             "which DeepSpeed then uses: take one of the two out"
+        )
+    if config and config.optimizer is not None and not facts.client_optimizer:
+        faults.append(
+            f"{BLOCK}.optimizer takes the place of an optimizer that the script passes to deepspeed.initialize, and it "
+            'passes none: name the rule in the "optimizer" section instead'
+        )
+    if config and config.clip == "global" and config.schedule == "1f1b_no_flush":
+        faults.append(
+            f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
+            "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
         )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
@@ -196,10 +218,6 @@ def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConf
 _LATER = {
     ("extra_in_flight", "auto"): "measuring the link to choose the depth comes later; give a number (0 to start)",
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
-    ("clip", "global"): (
-        "without a flush the stages' gradients belong to different batches, so there is no global norm to clip by; "
-        "use 'stage'"
-    ),
 }
 
 
@@ -216,15 +234,39 @@ def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, 
     return f"{BLOCK}.{key} is {value!r}: {rule}"
 
 
+_RANGES = {
+    "extra_in_flight": (0, MOST_IN_FLIGHT, ""),
+    "peer_timeout_s": (1, 7 * 24 * 3600, " seconds"),
+    "max_skipped_updates": (1, 10**9, ""),
+}
+
+
 def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
-    faults = []
-    if config.extra_in_flight < 0:
-        faults.append(f"{BLOCK}.extra_in_flight is {config.extra_in_flight}: it must be 0 or more")
-    if not config.peer_timeout_s > 0:
-        faults.append(f"{BLOCK}.peer_timeout_s is {config.peer_timeout_s}: it must be more than 0 seconds")
-    if config.max_skipped_updates < 1:
-        faults.append(f"{BLOCK}.max_skipped_updates is {config.max_skipped_updates}: it must be 1 or more")
+    faults = [
+        f"{BLOCK}.{name} is {getattr(config, name)}: it must be from {least} to {most}{unit}"
+        for name, (least, most, unit) in _RANGES.items()
+        if not least <= getattr(config, name) <= most
+    ]
+    rule = config.optimizer
+    if rule is not None and (rule.get("type") not in OUR_OPTIMIZERS or not isinstance(rule.get("params", {}), Mapping)):
+        faults.append(
+            f'{BLOCK}.optimizer is {rule!r}: it must be {{"type": ..., "params": {{...}}}} with one of '
+            f"{', '.join(OUR_OPTIMIZERS)}"
+        )
+    elif rule is not None and (unknown := rule.keys() - {"type", "params"}):
+        faults.append(f"{BLOCK}.optimizer.{sorted(unknown)[0]} is not a key: the keys are type, params")
+    elif rule is not None and (set_elsewhere := {"lr", "weight_decay"} & rule.get("params", {}).keys()):
+        faults.append(
+            f"{BLOCK}.optimizer.params.{sorted(set_elsewhere)[0]} is set: learning rate and weight decay are those of "
+            "the script's parameter groups and schedule; take it out"
+        )
     return faults
+
+
+def _is_number(value: Any, whole: bool = False, least: float = 0.0) -> bool:
+    """Whether ``value`` is a finite number of at least ``least``."""
+    kind = int if whole else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
 
 
 def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
@@ -248,12 +290,24 @@ def _at(config: Mapping[str, Any], *path: str) -> Any:
 
 def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     faults = []
-    gas = ds.get("gradient_accumulation_steps", 1)
-    if isinstance(gas, bool) or not isinstance(gas, int) or gas < 1:
-        faults.append(f"gradient_accumulation_steps is {gas!r}: it must be a whole number, 1 or more")
+    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
+        # "auto" is for whoever completes the config (the launcher, transformers); DeepSpeed sees a number.
+        size = ds.get(key, "auto")
+        if size not in ("auto", None) and not _is_number(size, whole=True, least=1):
+            faults.append(f"{key} is {size!r}: it must be a whole number, 1 or more")
     clipping = ds.get("gradient_clipping", 1.0)
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or clipping < 0:
-        faults.append(f"gradient_clipping is {clipping!r}: it must be a number, 0 (off) or more")
+    if clipping != "auto" and not _is_number(clipping):
+        faults.append(f"gradient_clipping is {clipping!r}: it must be a finite number, 0 (off) or more")
+    for section, key in (
+        ("fp16", "loss_scale"),
+        ("fp16", "initial_scale_power"),
+        ("fp16", "loss_scale_window"),
+        ("fp16", "hysteresis"),
+        ("fp16", "min_loss_scale"),
+    ):
+        value = _at(ds, section, key)
+        if value not in ("auto", None) and not _is_number(value):
+            faults.append(f"{section}.{key} is {value!r}: it must be a finite number, 0 or more")
     zero = _at(ds, "zero_optimization", "stage")
     if ds.get("zero_optimization") is True:  # an old spelling of stage 1
         zero = 1
@@ -286,11 +340,10 @@ def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
         faults.append("compile.deepcompile is true: it rewrites where parameters live; switch it off")
     if ds.get("managed_gradient_accumulation", True) is not True:
         faults.append("managed_gradient_accumulation is false: noflush owns the update interval; leave it out")
-    if _at(ds, "optimizer", "type") == "LBFGS":
-        faults.append(
-            "optimizer.type is 'LBFGS': it evaluates the loss several times a step, which a pipeline cannot do; "
-            "choose DelayAwareNAdamW, AdamW or another one-gradient method"
-        )
+    named = _at(ds, "optimizer", "type")
+    flattened_by = "fp16" if _at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero == 1 else None
+    if why := refusal(named, flattened_by):
+        faults.append(f"optimizer.type is {named!r}: {why}")
     return faults
 
 

@@ -7,9 +7,10 @@ a receive blocks until its message was sent. A failure draws the grid of calls w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from noflush.schedule import Action, Op, Schedule, ceil_div, with_communication
+from noflush.schedule import Action, Op, Schedule, with_communication
 
 Program = Sequence[Sequence[Sequence[Action]]]
 _SENDER_OF = {Op.RECV_ACTIVATION: (Op.SEND_ACTIVATION, -1), Op.RECV_GRAD: (Op.SEND_GRAD, +1)}
@@ -25,7 +26,7 @@ def program(schedule: Schedule) -> list[list[list[Action]]]:
 
     Long enough that stage 0 holds as many weight versions as it ever will.
     """
-    calls = 2 * ceil_div(schedule.lag(0), schedule.gas) + 2
+    calls = schedule.calls_to_prove
     stages = range(schedule.stages)
     body = [[schedule.call(s, t) for s in stages] for t in range(calls)]
     body.append([schedule.drain(s, calls) for s in stages])
@@ -124,8 +125,10 @@ def _check_all_finished(order: Program, done: list[set[tuple[Op, int]]]) -> None
 def check_versions(schedule: Schedule, order: Program) -> None:
     """Raises ScheduleError if a forward's version would not exist, or more versions live than are kept."""
     for stage in range(schedule.stages):
+        kept = schedule.versions_alive(stage)
         updates = 0
         held: dict[int, int] = {}
+        needed: Counter[int] = Counter()  # version -> micro-batches in flight with it
         for call, column in enumerate(order):
             for position, action in enumerate(column[stage]):
                 if action.op is Op.FORWARD:
@@ -136,15 +139,19 @@ def check_versions(schedule: Schedule, order: Program) -> None:
                             + draw(order, call, stage, position)
                         )
                     held[action.index] = version
+                    needed[version] += 1
                 elif action.op is Op.BACKWARD:
-                    held.pop(action.index)
+                    version = held.pop(action.index)
+                    needed[version] -= 1
+                    if not needed[version]:
+                        del needed[version]
                 elif action.op is Op.UPDATE:
                     updates += 1
-                alive = {updates} if schedule.weights == "latest" else set(held.values()) | {updates}
-                if len(alive) > schedule.versions_alive(stage):
+                alive = 1 if schedule.weights == "latest" else len(needed) + (updates not in needed)
+                if alive > kept:
                     raise ScheduleError(
-                        f"stage {stage} needs versions {sorted(alive)} after {action}, but keeps only "
-                        f"{schedule.versions_alive(stage)}\n" + draw(order, call, stage, position)
+                        f"stage {stage} needs versions {sorted({*needed, updates})} after {action}, but keeps only "
+                        f"{kept}\n" + draw(order, call, stage, position)
                     )
 
 

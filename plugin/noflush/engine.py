@@ -11,7 +11,7 @@ import atexit
 import math
 import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +31,17 @@ from noflush.guard import UpdateGuard
 from noflush.host_weights import weights_of
 from noflush.loss_scale import TravellingScale
 from noflush.optim import RULES
+from noflush.payloads import Payload, check_batch, check_loss
 from noflush.progress import progress_line
 from noflush.reports import BatchReports, ReportLayout
-from noflush.runner import Payload
 from noflush.schedule import Schedule
 from noflush.skips import LateReader
 from noflush.slices import Slices
 from noflush.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
+_LOSSES_KEPT = 1000
+_NO_LOSS = object()
 
 
 def _say(line: str) -> None:
@@ -51,7 +53,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     """A `PipelineEngine` whose pipeline stays full across `train_batch` calls.
 
     Built by `deepspeed.initialize` when the config has an enabled ``async_pipeline`` block. Beyond DeepSpeed's
-    interface it has `drain`, `updates`, `lag` and `loss_step`.
+    interface it has `drain`, `updates`, `lag`, `loss_step` and `batch_losses`.
 
     Args:
         block: the checked JSON block.
@@ -65,6 +67,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     # DeepSpeed's own, which carries no types.
     pipe_buffers: dict[str, list[Any]]
     num_pipe_buffers: int
+    loss: Any
     total_loss: Any
     total_additional_losses: Any
     micro_batches: int
@@ -85,6 +88,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
+        self._nf_learnt: deque[tuple[int, Tensor]] = deque(maxlen=_LOSSES_KEPT)
         self._nf_updated = False
         self._nf_figures: tuple[StageFigures, ...] = ()
         self._nf_stop_requested = False
@@ -95,7 +99,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
-        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices())
+        weights = self._nf_weights = weights_of(
+            self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices(block.clip == "global")
+        )
         runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
         self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
         self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
@@ -111,12 +117,13 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
 
-    def _nf_slices(self) -> Slices:
+    def _nf_slices(self, clips_globally: bool) -> Slices:
         grid = self.grid
         rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
-        self._nf_tied = any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs)
-        if self._nf_tied:
-            # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
+        tied = any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs)
+        # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
+        self._nf_one_norm = tied or clips_globally
+        if self._nf_one_norm:
             return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
         return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
 
@@ -159,6 +166,18 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         """The call (counted from 1, as ``global_steps``) whose loss `train_batch` last returned; None before any."""
         return self._nf_reports.step
 
+    def batch_losses(self) -> dict[int, float]:
+        """Batch losses that this stage has learnt since it was last asked, by call (from 1, as ``global_steps``).
+
+        Every call's loss comes once, the mean over micro-batches and replicas, after a `drain` those of all calls made;
+        of what is never asked for the newest 1000 are kept. For scripts that average or plot losses: what
+        `train_batch` returns is the newest loss known, which is late on all stages but the last, and nan until there
+        is one. Waits for the device.
+        """
+        learnt = {step: float(loss) for step, loss in self._nf_learnt}
+        self._nf_learnt.clear()
+        return learnt
+
     # ---- training ----------------------------------------------------------------------------------------
 
     def train_batch(self, data_iter: Any = None) -> Tensor:
@@ -167,7 +186,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         Returns the newest batch loss known to this stage: 0-dim float tensor, the mean over the batch's
         micro-batches and the data-parallel replicas. Losses travel back with the gradients: the last stage
         returns this call's, stage s the one of ceil(L/K) calls ago (`loss_step` names it), and nan until the
-        first has arrived.
+        first has arrived: never again after that. `batch_losses` gives each call's loss once, with its number.
 
         Raises:
             DataExhausted: a StopIteration; the iterator ended before K micro-batches (on every stage).
@@ -201,8 +220,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         guard = self._nf_guard
         notices = guard.notices(before=self.global_steps - 1)
         self.skipped_steps = guard.skips.total
-        # With tied layers every stage's norm is the whole pipeline's: it counts once.
-        norm = 0.0 if self._nf_tied and self.stage_id else guard.skips.norm
+        # Where every stage's norm is the whole pipeline's, it counts once.
+        norm = 0.0 if self._nf_one_norm and self.stage_id else guard.skips.norm
         mine = StageFigures(norm, guard.skips.total, *self._nf_recorder.totals())
         notices = replace(notices, figures=(mine,))
         notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
@@ -218,7 +237,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def drain(self) -> None:
         """Finishes every micro-batch in flight. Collective: call it on all ranks.
 
-        Afterwards every stage has made as many updates as calls; the next call fills the pipeline anew.
+        Afterwards every stage has made as many updates as calls; the next call fills the pipeline anew. The updates
+        made here follow the learning-rate schedule like any others. (The authors' released code freezes the rate
+        while it drains, at each validation, and jumps afterwards; then a run's rates would depend on how often it was
+        looked at.)
         """
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
@@ -254,7 +276,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         vars(self.optimizer.loss_scaler).update(told[-1])
 
     def _next_batch(self) -> Any:
-        return super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
+        batch = super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
+        check_batch(batch, self.stage_id, self.num_stages)
+        return batch
 
     def run_forward(self, buffer: int, received: Payload | None) -> Payload:
         """Forward of one micro-batch (for the runner). The last stage's loss becomes ``self.loss``."""
@@ -262,7 +286,16 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self._exec_load_micro_batch(buffer)
         if received is not None:
             self.pipe_buffers["inputs"][buffer] = received
-        self._exec_forward_pass(buffer)
+        self.loss = _NO_LOSS
+        try:
+            self._exec_forward_pass(buffer)
+        except (AttributeError, TypeError):
+            # DeepSpeed takes any loss apart as if it were a list.
+            if self.loss is not _NO_LOSS:
+                check_loss(self.loss)
+            raise
+        if self.is_last_stage():
+            check_loss(self.loss)
         self.fwd_outputs.clear()
         outputs: Payload = self.pipe_buffers["outputs"][buffer]
         return outputs
@@ -282,7 +315,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self._running_engine_backward = True
             try:
                 # One traversal for all outputs; stock makes one for each.
-                torch.autograd.backward([t for t in tensors if t.requires_grad], gradients)
+                if gradients:  # none where all before is frozen
+                    torch.autograd.backward([t for t in tensors if t.requires_grad], gradients)
             finally:
                 self._running_engine_backward = False
             if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
@@ -346,6 +380,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             values = report[1 : 1 + len(self._nf_loss_names)].float()
             self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
         step = self._nf_runner.batches_finished + 1
+        self._nf_learnt.append((step, self.agg_train_loss))
         self._nf_guard.hear(self.global_steps, step, report)
         if self.global_rank == 0 and self.monitor.enabled:
             self._nf_losses.put(self.global_steps, step * self._nf_samples_per_call, report[:1])
@@ -452,6 +487,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_renumber()
         self._nf_intake.clear()
         self._nf_guard.restart(self.skipped_steps)
+        self._nf_learnt.clear()
         self.agg_train_loss = torch.tensor(math.nan, device=self.device)
         return result
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import noflush
 from noflush.config import ConfigError, check_config
+from noflush.host_config import read_host_config
 
 
 def split_arguments(argv: list[str]) -> tuple[str, list[str]]:
@@ -30,15 +31,18 @@ def split_arguments(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def check_named_config(arguments: list[str]) -> None:
-    """Checks the config that ``--deepspeed_config`` names, if it is a readable file. Raises ConfigError."""
+    """Checks the config that ``--deepspeed_config`` names, where it can be read: its own faults are the script's.
+
+    Raises ConfigError.
+    """
     for at, word in enumerate(arguments):
         name, _, value = word.partition("=")
         if name == "--deepspeed_config":
-            path = Path(value or (arguments[at + 1] if at + 1 < len(arguments) else ""))
-            if path.is_file():
-                import hjson  # DeepSpeed's own reader, which allows comments
-
-                check_config(hjson.loads(path.read_text()))
+            try:
+                found = read_host_config(value or (arguments[at + 1] if at + 1 < len(arguments) else ""))
+            except ValueError:
+                return
+            check_config(found)
 
 
 def main() -> None:

@@ -18,12 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from noflush.channels import Neighbours, PayloadSpec, TensorSpec
+from noflush.channels import Neighbours
+from noflush.payloads import Payload, PayloadSpec, TensorSpec, check_outputs
 from noflush.schedule import Action, Op, Schedule, with_communication
 from noflush.trace import Recorder
 from noflush.versions import WeightRing
-
-Payload = Tensor | tuple[Tensor, ...]
 
 
 class StageWork(Protocol):
@@ -195,6 +194,7 @@ class StageRunner:
             self._to_send = outputs
 
     def _agree_on_shapes(self, m: int, outputs: Payload) -> None:
+        check_outputs(outputs, self.stage)
         spec = PayloadSpec.of(outputs)
         if self._outgoing is None:
             assert self.neighbours.control_out is not None

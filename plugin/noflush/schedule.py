@@ -68,6 +68,12 @@ class Action:
         return cls(int(stage), Op(op), int(index))
 
 
+MOST_IN_FLIGHT = 4096
+"""Largest ``extra_in_flight``; deeper than any link needs, and its delay no training survives."""
+MOST_PASSES = 500_000
+"""Passes of a micro-batch through a stage that are proven before the first step, seconds of work."""
+
+
 def ceil_div(a: int, b: int) -> int:
     """The smallest integer not below a / b."""
     return -(-a // b)
@@ -84,6 +90,9 @@ class Schedule:
         weights: which version a forward uses and whether its backward sees the same (``stash``, ``latest``,
             ``2bw``). The twin has one version and no delay whatever is said here.
         extra_in_flight: e, micro-batches in flight at stage 0 beyond P; tapers to none at the last stage.
+
+    Raises:
+        ValueError: a value out of range, a combination that cannot work, or an order too long to be proven.
     """
 
     stages: int
@@ -93,10 +102,18 @@ class Schedule:
     extra_in_flight: int = 0
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or self.gas < 1 or self.extra_in_flight < 0:
+        if self.stages < 1 or self.gas < 1 or not 0 <= self.extra_in_flight <= MOST_IN_FLIGHT:
             raise ValueError(
                 f"stages={self.stages}, gas={self.gas}, extra_in_flight={self.extra_in_flight}: "
-                "need stages >= 1, gas >= 1, extra_in_flight >= 0"
+                f"need stages >= 1, gas >= 1, extra_in_flight from 0 to {MOST_IN_FLIGHT}"
+            )
+        passes = self.stages * self.gas * self.calls_to_prove
+        if passes > MOST_PASSES:
+            raise ValueError(
+                f"stages={self.stages}, gas={self.gas}, extra_in_flight={self.extra_in_flight}: to prove their order "
+                f"free of deadlock takes {passes:,} passes of a micro-batch through a stage, and the bound is "
+                f"{MOST_PASSES:,}; use fewer stages, a smaller gradient_accumulation_steps (larger micro-batches), or "
+                "less in flight"
             )
         if self.flushes and self.extra_in_flight:
             raise ValueError(
@@ -114,6 +131,11 @@ class Schedule:
     def flushes(self) -> bool:
         """True for the synchronous twin, which drains in every call."""
         return self.name == "1f1b_flush"
+
+    @property
+    def calls_to_prove(self) -> int:
+        """Calls after which stage 0 has held as many weight versions as it ever will, twice over."""
+        return 2 * ceil_div(self.lag(0), self.gas) + 2
 
     def lag(self, stage: int) -> int:
         """Micro-batches by which this stage's backwards trail its forwards between calls.

@@ -196,7 +196,8 @@ class DelaySimulator:
                     leaf.data.copy_(stage.params[name])
             heads = [scaled] if grads is None else [t for t in _as_tuple(outputs) if t.requires_grad]
             wanted = [*weights.values(), *(t for t in received if t.requires_grad)]
-            found = torch.autograd.grad(heads, wanted, grads, allow_unused=True)
+            # A stage without weights, behind none that trains, has nothing to pass on.
+            found = torch.autograd.grad(heads, wanted, grads, allow_unused=True) if heads and wanted else ()
             for name, grad in zip(weights, found, strict=False):
                 if grad is not None:
                     stage.accumulate(replica, name, grad)

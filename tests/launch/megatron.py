@@ -77,8 +77,7 @@ def train(rank, run, calls):
 def simulate(rank, run, calls):
     """The same run in the delay simulator: (micro-batch losses, final weights of every stage)."""
     from noflush.launch.dry_run import schedule_of as pipeline_schedule
-    from noflush.launch.gpt.layers import NextTokenLoss
-    from noflush.launch.gpt.pipeline import layer_specs
+    from noflush.launch.gpt.pipeline import layer_specs, next_token_loss
     from noflush.launch.training.schedule import schedule_of
     from noflush.launch.training.start import join
     from noflush.optim import DelayAwareNAdamW
@@ -109,7 +108,7 @@ def simulate(rank, run, calls):
 
     simulator = DelaySimulator(
         [torch.nn.Sequential(*part) for part in parts],
-        NextTokenLoss(),
+        next_token_loss(run.model),
         make_optimizer,
         pipeline_schedule(run),
         make_lr_scheduler=Scheduler,

@@ -79,6 +79,17 @@ def test_a_missing_or_broken_part_is_said(tmp_path):
     part.write_bytes(b"no tensor")
     with pytest.raises(ValueError, match=r"layer_02-model_01-model_states.pt cannot be read"):
         read_weights(found, LLAMA)
+    words = found / "layer_00-model_01-model_states.pt"
+    kept = torch.load(words)
+    for there, said in (
+        ({"other": torch.ones(1)}, "layer_00-model_01-.* has no embedding.word_embeddings.weight"),
+        ({"embedding.word_embeddings.weight": "text"}, "embedding.word_embeddings.weight is no tensor"),
+        (torch.ones(1), "layer_00-model_01-.* is no layer of a checkpoint"),
+    ):
+        torch.save(there, words)
+        with pytest.raises(ValueError, match=said):
+            read_weights(found, LLAMA)
+    torch.save(kept, words)
     part.unlink()
     with pytest.raises(ValueError, match=r"incomplete: layer_02-model_01-model_states.pt missing"):
         read_weights(found, LLAMA)
@@ -107,6 +118,14 @@ def test_what_fits_no_layout_is_named(model, said):
         layout_of(model)
 
 
+def test_weights_of_another_model_are_named():
+    state = weights(LLAMA)
+    with pytest.raises(ValueError, match=r"the weight 'decoder.layers.2.input_layernorm.weight' is missing"):
+        to_hugging_face(state, dataclasses.replace(LLAMA, layers=3))
+    with pytest.raises(ValueError, match="has 96 rows, and the model a vocabulary of 128"):
+        to_hugging_face(state, dataclasses.replace(LLAMA, vocabulary=128))
+
+
 def test_what_cannot_come_in_is_named():
     config, out = to_hugging_face(weights(LLAMA), LLAMA)
     for change, said in [
@@ -126,6 +145,9 @@ def test_what_cannot_come_in_is_named():
     config, out = to_hugging_face(weights(biased), biased)
     out["model.layers.1.self_attn.o_proj.bias"] += 1
     with pytest.raises(ValueError, match=r"o_proj.bias is not zero"):
+        from_hugging_face(config, out)
+    del config["vocab_size"]
+    with pytest.raises(ValueError, match=r"the config has no 'vocab_size'"):
         from_hugging_face(config, out)
 
 
@@ -175,11 +197,11 @@ def test_pretraining_says_how_to_load_an_imported_checkpoint(tmp_path):
             settings_of([*given, *more], 2)
 
 
-def test_a_vocabulary_is_padded_by_copies_of_its_last_row():
+def test_a_vocabulary_is_padded_by_zeros_that_are_no_tokens():
     state, model = pad_vocabulary(weights(LLAMA), LLAMA, 100)
-    assert model.vocabulary == 100
+    assert (model.vocabulary, model.token_ids) == (100, 96)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert torch.equal(state[name][95:], weights(LLAMA)[name][95:].expand(5, -1))
+        assert torch.equal(state[name], torch.cat([weights(LLAMA)[name], torch.zeros(4, 32)]))
 
 
 # ---- text ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -26,6 +27,18 @@ def test_equals_the_simulator(stages, arguments, tmp_path):
     for result, expected in zip(results, weights, strict=True):
         assert len(result["weights"]) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(result["weights"], expected, strict=True))
+
+
+def test_equals_the_simulator_with_padding(tmp_path):
+    """And no padded id has had a probability: the first loss would be that of 96 ids."""
+    run = settings("--pipeline-model-parallel-size 2", 2, tmp_path)
+    padded = dataclasses.replace(run.model, vocabulary=96, vocabulary_padding=96 - VOCABULARY)
+    run = dataclasses.replace(run, model=padded)
+    results = run_ranks(train, 2, run=run, calls=6)
+    ((losses, weights),) = run_ranks(simulate, 1, run=run, calls=6)
+    assert results[-1]["losses"] == losses
+    assert losses[0] == pytest.approx(math.log(VOCABULARY), abs=0.05)
+    assert all(torch.equal(a, b) for a, b in zip(results[-1]["weights"], weights[-1], strict=True))
 
 
 def _parity(rank, run):

@@ -241,6 +241,6 @@ def test_trains_two_iterations(name, places, tmp_path, monkeypatch):
         assert engine == "noflush.engine"
         assert iteration == (3 if settings.batch.rampup and settings.steps.by_samples else 2)
     *_, (_, _, losses, _, _) = results
-    assert losses == pytest.approx([math.log(settings.model.vocabulary)] * len(losses), rel=0.03)
+    assert losses == pytest.approx([math.log(settings.model.token_ids)] * len(losses), rel=0.03)
     if settings.checkpoints.save:
         assert (Path(settings.checkpoints.save) / "latest").read_text() == f"global_step{len(losses)}"

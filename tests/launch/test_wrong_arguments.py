@@ -104,6 +104,18 @@ WRONG = {
     "negative weight decay": ("--weight-decay -0.1", "--weight-decay is -0.1: it must be 0 or more"),
     "beta": ("--adam-beta2 1.0", "--adam-beta2 is 1.0: it must be at least 0 and below 1"),
     "infinite": ("--lr inf", "--lr is inf: it must be more than 0"),
+    "no number at all": ("--clip-grad nan", "--clip-grad is nan: it must be 0 or more"),
+    "layers without end": ("--num-layers 1000000000", "--num-layers is 1000000000: it must be at most 65536"),
+    "hidden without end": ("--hidden-size 10000000000000", "--hidden-size is 10000000000000: it must be at most 10995"),
+    "more workers than any machine": ("--num-workers 100000", "--num-workers is 100000: it must be at most 4096"),
+    "a time-out beyond clocks": (
+        "--distributed-timeout-minutes 1000000000000",
+        "--distributed-timeout-minutes is 1000000000000: it must be at most 525600",
+    ),
+    "a scale beyond floats": (
+        "--initial-loss-scale 1e300 --fp16",
+        r"--initial-loss-scale is 1e\+300: it must be at most",
+    ),
     "optimizer": ("--optimizer muon", '--optimizer muon: use adam or sgd, or an "optimizer" section'),
     "log interval": ("--log-interval 0", "--log-interval is 0: it must be 1 or more"),
     "recompute method": ("--recompute-method block", "--recompute-method block without --recompute-granularity full"),

@@ -47,10 +47,8 @@ def _main(function, rank, world, port, folder, environment, kwargs):
     import torch
 
     import noflush
-    from noflush.patches.deepspeed import skip_shared_memory_build
 
     noflush.register()
-    skip_shared_memory_build()
     torch.set_num_threads(1)
     out = Path(folder) / str(rank)
     try:

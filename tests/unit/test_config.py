@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import pickle
+import time
+
 import pytest
 
 from noflush.config import (
@@ -21,6 +25,7 @@ GOOD = {
     "async_pipeline": {"enabled": True},
 }
 FACTS = RunFacts(stages=4, layers=8)
+CLIENT = RunFacts(stages=4, layers=8, client_optimizer=True)
 
 
 def with_block(**block):
@@ -85,17 +90,35 @@ WRONG = {
     "unknown schedule": (with_block(schedule="gpipe"), FACTS, "schedule is 'gpipe': input should be '1f1b_no_flush'"),
     "unknown weights": (with_block(weights="fresh"), FACTS, "weights is 'fresh': input should be 'stash'"),
     "weights that come later": (with_block(weights="predict"), FACTS, "weight prediction comes later"),
-    "negative depth": (with_block(extra_in_flight=-1), FACTS, "extra_in_flight is -1: it must be 0 or more"),
+    "negative depth": (with_block(extra_in_flight=-1), FACTS, "extra_in_flight is -1: it must be from 0 to 4096"),
     "depth auto": (with_block(extra_in_flight="auto"), FACTS, "'auto': measuring the link .* comes later; give a number"),
     "depth of the wrong type": (with_block(extra_in_flight=1.5), FACTS, "extra_in_flight is 1.5: input should be a valid int"),
     "depth is a bool": (with_block(extra_in_flight=True), FACTS, "extra_in_flight is True: input should be a valid int"),
-    "global clip": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage'"),
+    "global clip without a flush": (with_block(clip="global"), FACTS, "no global norm to clip by; use 'stage', or schedule"),
+    "unknown clip": (with_block(clip="value"), FACTS, "clip is 'value': input should be 'stage' or 'global'"),
+    "a rule for nobody": (with_block(optimizer={"type": "DelayAwareNAG"}), FACTS, "the script passes to deepspeed.initialize, and it passes none"),
+    "a rule of another's": (with_block(optimizer={"type": "Adam"}), CLIENT, "'Adam'}: it must be .* with one of DelayAwareNAdamW"),
+    "a rule by name alone": (with_block(optimizer="DelayAwareNAG"), CLIENT, "optimizer is 'DelayAwareNAG': input should be a valid dict"),
+    "a rule with another key": (with_block(optimizer={"type": "DelayAwareNAG", "lr": 1}), CLIENT, "optimizer.lr is not a key"),
+    "a rule that sets what the schedule sets": (with_block(optimizer={"type": "DelayAwareNAG", "params": {"lr": 1}}), CLIENT, "params.lr is set: learning rate"),
     "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto', 'triton', 'compile' or 'torch'"),
     "kernel for another's optimizer": (with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}, FACTS, "'Adam' updates by itself"),
-    "no skip allowed": (with_block(max_skipped_updates=0), FACTS, "max_skipped_updates is 0: it must be 1 or more"),
+    "no skip allowed": (with_block(max_skipped_updates=0), FACTS, "max_skipped_updates is 0: it must be from 1 to"),
     "stop_dir of the wrong type": (with_block(stop_dir=1), FACTS, "stop_dir is 1: input should be a valid string"),
     "trace_dir of the wrong type": (with_block(trace_dir=7), FACTS, "trace_dir is 7: input should be a valid string"),
-    "no patience": (with_block(peer_timeout_s=0), FACTS, "peer_timeout_s is 0.0: it must be more than 0"),
+    "no patience": (with_block(peer_timeout_s=0), FACTS, "peer_timeout_s is 0.0: it must be from 1 to 604800 seconds"),
+    "patience of a nanosecond": (with_block(peer_timeout_s=1e-9), FACTS, "peer_timeout_s is 1e-09: it must be from 1"),
+    "patience for ever": (with_block(peer_timeout_s=1e15), FACTS, r"peer_timeout_s is 1000000000000000.0: it must be from 1"),
+    "patience of no number": (with_block(peer_timeout_s=math.nan), FACTS, "peer_timeout_s is nan: it must be from 1"),
+    "depth beyond reason": (with_block(extra_in_flight=10**6), FACTS, "extra_in_flight is 1000000: it must be from 0 to 4096"),
+    "skips for ever": (with_block(max_skipped_updates=10**12), FACTS, "max_skipped_updates is 1000000000000: it must be from 1"),
+    "an order too long to prove": (GOOD, RunFacts(stages=8, layers=8, gas=10**7), "gas=10000000.*the bound is 500,000; use fewer"),
+    "clipping of no number": (GOOD | {"gradient_clipping": math.nan}, FACTS, "gradient_clipping is nan: it must be a finite"),
+    "infinite clipping": (GOOD | {"gradient_clipping": math.inf}, FACTS, "gradient_clipping is inf: it must be a finite"),
+    "clipping as text": (GOOD | {"gradient_clipping": "1.0"}, FACTS, "gradient_clipping is '1.0': it must be a finite"),
+    "micro-batches of nothing": (GOOD | {"train_micro_batch_size_per_gpu": 0}, FACTS, "train_micro_batch_size_per_gpu is 0"),
+    "batches of a half": (GOOD | {"train_batch_size": 1.5}, FACTS, "train_batch_size is 1.5: it must be a whole number"),
+    "a scale of no number": (GOOD | {"fp16": {"enabled": True, "loss_scale": math.nan}, "zero_optimization": {"stage": 1}}, FACTS, "fp16.loss_scale is nan"),
     "K below 1": (GOOD | {"gradient_accumulation_steps": 0}, FACTS, "gradient_accumulation_steps is 0"),
     "K of the wrong type": (GOOD | {"gradient_accumulation_steps": "4"}, FACTS, "gradient_accumulation_steps is '4'"),
     "2bw with too small a batch": (with_block(weights="2bw"), RunFacts(stages=4, layers=8, gas=2), "raise gradient_accumulation_steps to 3 or more"),
@@ -121,6 +144,10 @@ WRONG = {
     "deepcompile": (GOOD | {"compile": {"deepcompile": True}}, FACTS, "deepcompile"),
     "unmanaged accumulation": (GOOD | {"managed_gradient_accumulation": False}, FACTS, "managed_gradient_accumulation"),
     "LBFGS": (GOOD | {"optimizer": {"type": "LBFGS"}}, FACTS, "'LBFGS': it evaluates the loss several times"),
+    "sparse gradients alone": (GOOD | {"optimizer": {"type": "SparseAdam"}}, FACTS, "'SparseAdam': it takes sparse gradients alone"),
+    "Muon on ZeRO's shards": (GOOD | {"optimizer": {"type": "muon"}, "zero_optimization": {"stage": 1}}, FACTS, "'muon': DeepSpeed's ZeRO-1 moves its momentum"),
+    "Adafactor on bf16's flat tensors": (GOOD | {"optimizer": {"type": "Adafactor"}, "bf16": {"enabled": True}}, FACTS, "'Adafactor': it treats each matrix as a whole, and DeepSpeed's bf16"),
+    "Lamb on ZeRO's shards": (GOOD | {"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": 1}}, FACTS, "'Lamb': it treats each matrix as a whole"),
     "no optimizer": ({k: v for k, v in GOOD.items() if k != "optimizer"}, FACTS, "no optimizer"),
     "our optimizer, not enabled": (GOOD | {"async_pipeline": {"enabled": False}}, None, "set async_pipeline.enabled to true"),
     "our optimizer, no block": ({k: v for k, v in GOOD.items() if k != "async_pipeline"}, None, "is noflush's, but"),
@@ -150,3 +177,16 @@ def test_every_fault_is_listed_at_once():
         check_run(ds_config, RunFacts(stages=4, layers=2))
     assert len(caught.value.faults) == 5
     assert "5 faults" in str(caught.value)
+
+
+def test_what_is_refused_is_refused_at_once():
+    start = time.monotonic()
+    for name in ("depth beyond reason", "an order too long to prove"):
+        test_wrong_configuration(name)
+    assert time.monotonic() - start < 1
+
+
+def test_a_refusal_survives_its_way_from_another_process():
+    error = ConfigError(["one", "two"])
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.faults, str(again)) == (ConfigError, error.faults, str(error))

@@ -51,6 +51,18 @@ def test_without_delay_it_is_plain_training(gas):
 
 
 @pytest.mark.parametrize("weights", ["stash", "latest"])
+def test_recomputation_changes_what_latest_sees_and_nothing_else(weights):
+    losses = []
+    for recompute in (0, 1, 9):
+        simulator = DelaySimulator(
+            stages(4), next_token_loss, adamw, Schedule(4, 1, weights=weights), recompute=recompute
+        )
+        losses.append([simulator.train_micro_batch(*batch).item() for batch in data(12)])
+    assert (losses[0] == losses[1]) is (weights == "stash")
+    assert (losses[1] == losses[2]) is (weights == "stash")  # segments of one layer, and whole stages
+
+
+@pytest.mark.parametrize("weights", ["stash", "latest"])
 def test_delay_is_the_recurrence_by_hand(weights):
     """Two stages y = a b x with scalar weights and SGD, K = 1: stage 0 is one update behind, stage 1 is not."""
 

@@ -19,6 +19,9 @@ def add(commands: Any) -> None:
     p.add_argument("--stages", type=int, default=8, help="virtual pipeline stages P (default: %(default)s)")
     p.add_argument("--gas", type=int, default=1, help="gradient_accumulation_steps K (default: %(default)s)")
     p.add_argument("--weights", choices=("stash", "latest", "2bw"), default="stash")
+    p.add_argument(
+        "--recompute", type=int, default=0, metavar="N", help="recompute N layers together in backward (for latest)"
+    )
     p.add_argument("--extra-in-flight", type=int, default=0)
     p.add_argument("--optimizer", default="DelayAwareNAdamW", help="ours, or any of torch.optim (AdamW is PipeDream)")
     p.add_argument(
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.updates < 1 or args.batch < 1:
         raise ValueError(f"--updates {args.updates}, --batch {args.batch}: both must be 1 or more")
+    if args.recompute < 0:
+        raise ValueError(f"--recompute {args.recompute}: it must be 0 (nothing) or more")
     schedules = {
         "flush": Schedule(args.stages, args.gas, "1f1b_flush"),
         "no flush": Schedule(args.stages, args.gas, weights=args.weights, extra_in_flight=args.extra_in_flight),
@@ -113,5 +118,6 @@ def _simulator(args: argparse.Namespace, schedule: Schedule) -> Any:
         gpt.next_token_loss,
         build,
         schedule,
+        recompute=args.recompute,
         make_lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda u: min(1.0, (u + 1) / warm_up)),
     )
