@@ -159,7 +159,8 @@ def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None
             raise RefusedError(
                 f"{name}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
                 "--override-opt_param-scheduler to go on with the arguments', or "
-                "--use-checkpoint-opt_param-scheduler with the checkpoint's"
+                "--use-checkpoint-opt_param-scheduler with the checkpoint's",
+                everywhere=True,  # one schedule, whatever the stage
             ) from None
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
         raise RefusedError(
