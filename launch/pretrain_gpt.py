@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from noflush.checkpoint import write_whole
+from noflush.config import ConfigError
 from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.ranks import Rendezvous, export, rendezvous
@@ -136,7 +137,7 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         if training.lock is not None:
             training.lock.release()
         leave()
-    except RefusedError as error:
+    except (RefusedError, ConfigError) as error:
         if training is not None and training.lock is not None:
             training.lock.release()
         refuse(error, found.rank, settings.checkpoints.save)
