@@ -121,3 +121,48 @@ def test_what_the_tools_cannot_read_they_refuse_and_what_they_drop_is_refused(tm
     assert done.returncode == 0, done.stderr
     for said in run_ranks(_refused, 2, folder=str(tmp_path)):
         assert "exp_avg, exp_avg_sq" in said
+
+
+def _save_ours_and_stocks(rank, folder):
+    nadam = {"type": "NAdam", "params": {**t.NADAMW["params"], "decoupled_weight_decay": True}}
+    for name, more in (("float32", {}), ("ZeRO-1", ZERO)):
+        more = more and {**more, "zero_allow_untested_optimizer": True}
+        ours = t.build(2, t.ds_config(1, t.NADAMW, {}, **more))
+        ours.train_batch(iter(t.data(1)))
+        ours.save_checkpoint(f"{folder}/ours {name}", tag="one", client_state={"iteration": 1})
+        stock = t.build(2, t.ds_config(1, nadam, **more))
+        stock.load_checkpoint(f"{folder}/ours {name}", tag="one")
+        stock.save_checkpoint(f"{folder}/stock {name}", tag="one", client_state={"iteration": 1})
+
+
+def _keys(value, name=""):
+    """Names of all that lies in a checkpoint's file; hyper-parameters are each optimizer's own."""
+    if not isinstance(value, dict):
+        return {name}
+    inner = {k: v for k, v in value.items() if k not in ("ds_config", "param_groups")}
+    return {name}.union(*(_keys(v, f"{name}/{k}") for k, v in inner.items()))
+
+
+def test_the_layout_is_stocks_for_tools_that_merge_stages(tmp_path):
+    """Megatron-DeepSpeed's converters read by names and keys, through the class that DeepSpeed has of theirs."""
+    from deepspeed.checkpoint import DeepSpeedCheckpoint
+
+    run_ranks(_save_ours_and_stocks, 2, folder=str(tmp_path))
+    for name in ("float32", "ZeRO-1"):
+        ours, stock = tmp_path / f"ours {name}" / "one", tmp_path / f"stock {name}" / "one"
+        files = sorted(path.name for path in ours.iterdir())
+        assert files == sorted(path.name for path in stock.iterdir())
+        for file in files:
+            here, there = (torch.load(folder / file, weights_only=False) for folder in (ours, stock))
+            assert _keys(here) == _keys(there), file
+        if name == "float32":
+            continue  # DeepSpeed's own edition of the class insists on ZeRO's files
+        read = [DeepSpeedCheckpoint(str(folder), 1, 1) for folder in (ours, stock)]
+        for found in zip(
+            [read[0].get_embedding_state(0), *read[0].get_transformer_state(0, 0), read[0].get_final_norm_state(0)],
+            [read[1].get_embedding_state(0), *read[1].get_transformer_state(0, 0), read[1].get_final_norm_state(0)],
+            [torch.load(ours / f"layer_{layer:02d}-model_states.pt") for layer in range(6)],
+            strict=True,
+        ):
+            assert all(part.keys() == found[0].keys() for part in found)
+            assert all(torch.equal(part[key], found[0][key]) for part in found for key in part)
