@@ -17,7 +17,7 @@ from torch import Tensor
 
 from noflush.checkpoint import write_latest
 from noflush.launch.arguments.settings import Model
-from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, write_model
+from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, write_manifest, write_model
 from noflush.launch.training.progress import Position
 
 State = dict[str, Tensor]
@@ -184,6 +184,7 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Tensor], model: Mod
     )
     (checkpoint / WEIGHTS_ALONE).touch()
     write_model(checkpoint, model)
+    write_manifest(checkpoint)
     write_latest(folder, checkpoint.name)
     return checkpoint
 

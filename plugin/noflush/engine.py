@@ -469,6 +469,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
 
+        As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
         """
         self.drain()

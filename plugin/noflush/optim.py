@@ -241,6 +241,7 @@ class DelayAwareNAG(DelayAwareOptimizer):
 
     def forget_weights(self) -> None:
         """The drift from the old weights to the new ones is no momentum: starts from the new ones."""
+        super().forget_weights()
         self.state.clear()
 
     def _new_state(self, p: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from noflush.launch.training.pickles import file_fault
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 from tests.multiproc.test_nonfinite import allow_fp16
@@ -101,6 +102,8 @@ def load_in_stock(rank, folder):
 @pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resume_is_a_run_that_drained_there(tmp_path, replicas):
     whole = run_ranks(train_save_and_go_on, 2 * replicas, timeout=200, folder=str(tmp_path))
+    # Nothing that noflush and DeepSpeed save needs more trust than launch/ has in a checkpoint.
+    assert [fault for path in tmp_path.rglob("*.pt") if (fault := file_fault(path))] == []
     resumed = run_ranks(resume, 2 * replicas, timeout=200, folder=str(tmp_path))
     for name in CASES:
         for one, other in zip(whole, resumed, strict=True):

@@ -13,7 +13,17 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "plugin" / "noflush"
 LAUNCH = ROOT / "launch"
 PURE = ["schedule", "deadlock", "config", "timing", "plan", "progress", "loss_scale", "kernels.scalars", "figures"]
-PURE_IN_LAUNCH = ["ranks", "signals", "arguments.parser", "arguments.meaning", "arguments.settings", "gpt.size"]
+PURE_IN_LAUNCH = [
+    "ranks",
+    "signals",
+    "arguments.parser",
+    "arguments.meaning",
+    "arguments.settings",
+    "gpt.size",
+    "refusal",
+    "training.checkpoint_faults",
+    "training.folder_lock",
+]
 NO_HOST = [
     *(
         "versions",
