@@ -12,7 +12,9 @@ from noflush.launch.gpt.size import describe
 def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[str, Sequence[str]]) -> list[str]:
     """The model, the ranks, what is noteworthy, and the options without meaning by what they are about."""
     model, ranks, steps = settings.model, settings.ranks, settings.steps
-    length = f"{steps.samples} samples" if steps.by_samples else f"{steps.iterations} iterations"
+    length = f"{steps.samples} samples"
+    if not steps.by_samples:
+        length = f"{steps.iterations} iterations, {length}"
     lines = [
         f"GPT of {parameters:,} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
         f"sequence {model.sequence}, vocabulary {model.vocabulary}; {', '.join(describe(model))}",

@@ -91,13 +91,17 @@ class Steps:
     """How long to train, and what happens on the way; all in iterations but where named otherwise.
 
     Attributes:
-        samples: how many to train on; ``iterations`` follow from it where there is no ramp-up.
+        iterations, samples: at the run's end, those done before it was resumed among them; one was given, the other
+            follows from it (`progress`).
+        by_samples: whether samples (or tokens) were given.
+        in_iterations: options that gave a length in iterations, with their values.
         recompute: ``None``, ``uniform`` or ``block``; ``recompute_layers`` a chunk, or so many of each stage.
     """
 
     iterations: int
     samples: int
     by_samples: bool
+    in_iterations: tuple[str, ...]
     eval_every: int
     eval_iterations: int
     save_every: int | None

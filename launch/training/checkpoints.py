@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 
 from noflush.checkpoint import LATEST, REPLACED, newest_complete, write_latest
+from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
-from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_model, write_tokens
-from noflush.launch.training.progress import Position
+from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_model, write_position, write_tokens
 from noflush.launch.training.random_state import random_state, restore
 
 _PARTIAL = ".partial"
@@ -40,6 +40,7 @@ def save(engine: Any, settings: Checkpoints, model: Model, tokens: Tokens, posit
     if dist.get_rank() == 0:
         write_model(folder / partial, model)
         write_tokens(folder / partial, tokens)
+        write_position(folder / partial, position)
         # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
         replaced = folder / f"{tag}{REPLACED}"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -69,9 +70,10 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
         if "OptimizerParamScheduler" not in str(error):
             raise
         raise ValueError(
-            f"--load {settings.load}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
-            "--override-opt_param-scheduler to go on with the arguments', or --use-checkpoint-opt_param-scheduler with "
-            "the checkpoint's"
+            f"--load {settings.load}: {error}; the learning-rate schedule is another than the checkpoint's. Lengths "
+            "are in samples: those given in iterations (--train-iters, ...) are others at another --global-batch-size. "
+            "Give --override-opt_param-scheduler to go on with the arguments', or --use-checkpoint-opt_param-scheduler "
+            "with the checkpoint's"
         ) from None
     if state is None:
         raise FileNotFoundError(
@@ -79,8 +81,12 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
         )
     if settings.load_rng and "random_state" in state:
         restore(state["random_state"])
-    found = Position() if settings.finetune else Position(**state["noflush"])
-    return found
+    if settings.finetune:
+        return Position()
+    position = position_in(state["noflush"])
+    if not settings.load_optimizer:
+        engine.lr_scheduler.step(position.consumed)  # the schedule stands where the run does
+    return position
 
 
 def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
@@ -19,7 +20,6 @@ from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
 from noflush.launch.training.progress import (
     Interval,
-    Position,
     bubble_between,
     floating_point_operations,
     log_line,
@@ -99,8 +99,7 @@ class Training:
             begin = time.perf_counter()
             loss = self.engine.train_batch(data_iter=data)
             self._spent += time.perf_counter() - begin
-            position.iteration += 1
-            position.consumed += size
+            position.advance(size)
             self._losses.append(loss.detach())
             if position.iteration % steps.log_every == 0:
                 self._log(size)
@@ -144,7 +143,7 @@ class Training:
         steps, position = self.settings.steps, self.position
         needed = steps.eval_iterations * self.settings.batch.global_size
         # From the iteration alone, so that a resumed run evaluates as one that was not stopped.
-        start = (iteration - 1) // steps.eval_every * needed if name == "validation" else 0
+        start = max(0, iteration - 1) // steps.eval_every * needed if name == "validation" else 0
         data = None if dataset is None else self._stream(dataset, _start_within(len(dataset), start, needed))
         if not _agreed(self.engine, dataset is not None):
             return
