@@ -67,6 +67,7 @@ class Training:
         self._losses: list[torch.Tensor] = []
         self._figures: Sequence[Any] = ()
         self._spent = 0.0
+        self._logged_at = position.consumed
         self._saved_at: int | None = position.iteration or None
 
     def run(self) -> str | None:
@@ -166,6 +167,7 @@ class Training:
     def _log(self, size: int) -> None:
         losses, self._losses = self._losses, []
         spent, self._spent = self._spent, 0.0
+        samples, self._logged_at = self.position.consumed - self._logged_at, self.position.consumed
         if not self._logs:
             return
         count, position, settings = len(losses), self.position, self.settings
@@ -188,7 +190,7 @@ class Training:
             nans=count - len(finite),
             bubble=bubble_between(self._figures, figures) if figures else None,
             delay=schedule.max_delay(0) if schedule else 0,
-            teraflops=operations * size / seconds / 1e12 / settings.ranks.world if settings.logs.throughput else None,
+            teraflops=operations * samples / spent / 1e12 / settings.ranks.world if settings.logs.throughput else None,
         )
         self._figures = figures
         say(log_line(position, settings.steps.iterations, interval, datetime.now()))
