@@ -205,6 +205,7 @@ def _optimizer(of: Values, course: Course, samples: int, sequence: int, known: b
         wsd_samples=wsd,
         weight_decay=decays,
         weight_decay_style=of.weight_decay_incr_style,
+        decay_all=of.apply_wd_to_all,
         betas=(of.adam_beta1, of.adam_beta2),
         eps=of.adam_eps,
         momentum=of.sgd_momentum,

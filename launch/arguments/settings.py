@@ -15,7 +15,8 @@ class Model:
 
     Attributes:
         positions: kind of position embedding; ``max_positions`` counts learned ones.
-        activation: ``gelu``, ``openai_gelu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU of it.
+        activation: ``gelu``, ``openai_gelu``, ``relu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU
+            of it.
         query_groups: key-value heads; as many as heads without grouped-query attention.
         tied: whether the output layer shares the word embedding's weights.
         vocabulary: rows of the embedding; 0 until the tokenizer is known.
@@ -121,6 +122,7 @@ class Optimizer:
 
     Attributes:
         name: ``adam`` or ``sgd``.
+        decay_all: whether biases and norms decay too.
     """
 
     name: str
@@ -134,6 +136,7 @@ class Optimizer:
     wsd_samples: int | None
     weight_decay: tuple[float, float]
     weight_decay_style: str
+    decay_all: bool
     betas: tuple[float, float]
     eps: float
     momentum: float
