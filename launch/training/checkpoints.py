@@ -75,6 +75,13 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
             "Give --override-opt_param-scheduler to go on with the arguments', or --use-checkpoint-opt_param-scheduler "
             "with the checkpoint's"
         ) from None
+    except ValueError as error:
+        if "parameter groups" not in str(error):
+            raise
+        raise ValueError(
+            f"--load {settings.load}: the optimizer of checkpoint {tag} has other parameter groups; give "
+            "--apply-wd-to-all, or leave it out, as it was when the checkpoint was written"
+        ) from None
     if state is None:
         raise FileNotFoundError(
             f"--load {settings.load}: checkpoint {tag} is incomplete; name another with --ckpt-step"

@@ -143,8 +143,7 @@ class Training:
         """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""
         steps, position = self.settings.steps, self.position
         needed = steps.eval_iterations * self.settings.batch.global_size
-        # From the iteration alone, so that a resumed run evaluates as one that was not stopped.
-        start = max(0, iteration - 1) // steps.eval_every * needed if name == "validation" else 0
+        start = evaluated_before(iteration, steps.eval_every, needed) if name == "validation" else 0
         data = None if dataset is None else self._stream(dataset, _start_within(len(dataset), start, needed))
         if not _agreed(self.engine, dataset is not None):
             return
@@ -215,6 +214,15 @@ class Training:
 def _scale(engine: Any) -> float:
     optimizer = engine.optimizer
     return float(getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None) or 1.0)
+
+
+def evaluated_before(iteration: int, every: int, needed: int) -> int:
+    """Samples of the evaluations before the one at ``iteration``, each of ``needed``.
+
+    From the iteration alone, so that a resumed run evaluates as one that was not stopped; with ``--skip-train`` it may
+    be 0.
+    """
+    return max(0, iteration - 1) // every * needed
 
 
 def _start_within(samples: int, start: int, needed: int) -> int:

@@ -352,7 +352,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def _nf_samples_after(self, batch: int) -> int:
         """Samples up to batch number ``batch``; all batches since the newest finished call's are of one size."""
-        return self.global_samples + (batch - self.global_steps) * self._nf_samples_per_call
+        samples: int = self.global_samples + (batch - self.global_steps) * self._nf_samples_per_call
+        return samples
 
     # ---- reports -----------------------------------------------------------------------------------------
 
