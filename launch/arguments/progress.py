@@ -52,6 +52,8 @@ def position_in(state: Mapping[str, Any]) -> Position:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no position of a run: {error!r}") from None
+    if min(found.iteration, found.consumed, *(number for pair in found.sizes for number in pair)) < 0:
+        raise ValueError(f"it is no position of a run: {found}")
     counts, samples = sum(count for count, _ in found.sizes), sum(count * size for count, size in found.sizes)
     if found.sizes and (counts, samples) != (found.iteration, found.consumed):
         raise ValueError(

@@ -12,6 +12,7 @@ from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.progress import position_in, steps_from, traced
 from noflush.launch.arguments.settings import Checkpoints
 from noflush.launch.data.datasets import samples_needed
+from noflush.launch.pretrain_gpt import _say_why
 from noflush.launch.training import checkpoints
 from noflush.launch.training.checkpoint_files import POSITION
 from noflush.launch.training.schedule import schedule_of
@@ -96,6 +97,18 @@ def test_resumed_twice_each_time_with_another_batch_size(tmp_path):
     assert walk.rates[6] == pytest.approx(MAX)
 
 
+def test_what_is_less_than_a_batch_is_said_at_the_end(tmp_path, capsys):
+    before = Walk(understood("--train-samples 48 --global-batch-size 4"), 1)
+    run = resumed(tmp_path, before, "--train-samples 48 --global-batch-size 12")
+    walk = Walk(run, before=before)
+    assert walk.consumed == [4, 16, 28, 40]
+    _say_why(run, walk.position(), None)
+    whole = understood("--train-iters 3 --global-batch-size 4")
+    _say_why(whole, Walk(whole).position(), None)
+    said = "finished at iteration 4; 8 of 48 samples are left, less than a batch\nfinished at iteration 3\n"
+    assert capsys.readouterr().out == said
+
+
 def test_weights_alone_begin_anew(tmp_path):
     before = Walk(understood("--train-samples 48 --global-batch-size 4"), 6)
     run = resumed(tmp_path, before, "--train-samples 48 --global-batch-size 8 --finetune")
@@ -108,6 +121,8 @@ def test_a_position_that_does_not_add_up_is_a_fault(tmp_path):
     for text, said in (
         ('{"iteration": 6, "consumed": 24, "sizes": [[6, 8]]}', "6 iterations of 48 samples"),
         ('{"iteration": 6}', "no position of a run"),
+        ('{"iteration": 6, "consumed": 24, "sizes": [[7, 4], [-1, 4]]}', "no position of a run"),
+        ('{"iteration": 6, "consumed": 24, "sizes": [6, 4]}', "no position of a run"),
         ("[6]", "no position of a run"),
         ("{", "position.json cannot be used"),
     ):
