@@ -7,6 +7,7 @@ srun python launch/pretrain_gpt.py ARGUMENTS ...
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from noflush.launch.refusal import RefusedError, refuse
 from noflush.launch.signals import Signals, listen
 
 if TYPE_CHECKING:
+    from noflush.launch.arguments.progress import Position
     from noflush.launch.training.loop import Training
 
 _FOR_RANK_0 = 20.0
@@ -97,11 +99,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, signals: Signals) -> Training:
     """Joins the other ranks and makes everything of this one ready to run: engine, checkpoint, data."""
+    from noflush.launch.arguments.progress import Position, steps_from, traced
     from noflush.launch.data.datasets import build_datasets
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training import checkpoints
     from noflush.launch.training.loop import Training, say
-    from noflush.launch.training.progress import Position
     from noflush.launch.training.start import build_engine, join
 
     join(settings.ranks)
@@ -118,8 +120,11 @@ def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, sig
         if lock is not None:
             lock.release()
         raise
-    if rank == 0 and position is not None:
-        say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
+    if position is not None:
+        position = traced(position, settings.batch, settings.steps.in_iterations)
+        settings = dataclasses.replace(settings, steps=steps_from(settings.steps, settings.batch, position))
+        if rank == 0:
+            say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
     reads = engine.is_first_stage() or engine.is_last_stage()
     datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
     return Training(settings, engine, datasets, position or Position(), count, signals, lock)
@@ -133,7 +138,7 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         training = prepare(settings, found.rank, lines, count, signals)
         reason = training.run()
         if found.rank == 0:
-            _say_why(settings, training.position.iteration, reason)
+            _say_why(training.settings, training.position, reason)
         if training.lock is not None:
             training.lock.release()
         leave()
@@ -167,10 +172,12 @@ def _say_last_words(settings: Settings, found: Rendezvous, iteration: int, error
     sys.stdout.flush()
 
 
-def _say_why(settings: Settings, iteration: int, reason: str | None) -> None:
+def _say_why(settings: Settings, position: Position, reason: str | None) -> None:
+    iteration, left = position.iteration, settings.steps.samples - position.consumed
     folder = settings.checkpoints.save
     if reason is None:
-        print(f"finished at iteration {iteration}", flush=True)  # noqa: T201
+        rest = f"; {left} of {settings.steps.samples} samples are left, less than a batch" if left > 0 else ""
+        print(f"finished at iteration {iteration}{rest}", flush=True)  # noqa: T201
     else:
         print(f"stopped at iteration {iteration}: {reason}", flush=True)  # noqa: T201
     if folder and reason is not None:

@@ -15,7 +15,9 @@ def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[st
     vocabulary = f"{model.token_ids}"
     if model.vocabulary_padding:
         vocabulary += f" (and {model.vocabulary_padding} rows of padding, without probability)"
-    length = f"{steps.samples} samples" if steps.by_samples else f"{steps.iterations} iterations"
+    length = f"{steps.samples} samples"
+    if not steps.by_samples:
+        length = f"{steps.iterations} iterations, {length}"
     lines = [
         f"GPT of {parameters:,} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
         f"sequence {model.sequence}, vocabulary {vocabulary}; {', '.join(describe(model))}",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from noflush.checkpoint import CheckpointError, newest_complete
 from noflush.launch.arguments.files import paths_from_files
+from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
 from noflush.launch.arguments.values import Values
+from noflush.launch.training.checkpoint_files import read_position
 
 
 def read_data(of: Values) -> Data:
@@ -85,6 +89,21 @@ def _has_checkpoint(folder: str) -> bool:
         return newest_complete(folder) is not None
     except (CheckpointError, OSError):  # said when the folder is looked at
         return True
+
+
+def read_start(of: Values, checkpoints: Checkpoints) -> Position:
+    """Where the checkpoint to load stands; the beginning, for one that is too old to say so without being loaded."""
+    try:
+        tag = checkpoints.load and (checkpoints.tag or newest_complete(checkpoints.load))
+    except (CheckpointError, OSError):  # said when the folder is looked at
+        return Position()
+    if not tag or checkpoints.finetune:
+        return Position()
+    try:
+        return read_position(Path(checkpoints.load or "") / tag) or Position()
+    except ValueError as error:
+        of.faults.append(f"--load {checkpoints.load}: {error}; name another checkpoint by --ckpt-step")
+        return Position()
 
 
 def read_logs(of: Values) -> Logs:

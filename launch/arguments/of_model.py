@@ -66,7 +66,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         of.faults.append(
             f"--seq-length {sequence} is more than --max-position-embeddings {max_positions}: raise the second to it"
         )
-    activations = [n for n in ("swiglu", "openai_gelu", "squared_relu", "quick_geglu") if of.values[n]]
+    activations = [n for n in ("swiglu", "openai_gelu", "squared_relu", "quick_geglu", "relu") if of.values[n]]
     if len(activations) > 1:
         of.faults.append(f"{' and '.join(of.named[n] for n in activations)}: give one")
     names = {"swiglu": "silu", "quick_geglu": "quick_gelu"}

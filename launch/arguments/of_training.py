@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from noflush.launch.arguments.rampup import iterations_for
+from noflush.launch.arguments.progress import Course, Position
+from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Batch, Model, Optimizer, Ranks, Steps
 from noflush.launch.arguments.values import Values
 from noflush.launch.signals import exit_signals
@@ -48,11 +49,13 @@ def read_batch(of: Values, config: Mapping[str, Any], ranks: Ranks) -> Batch:
                     f"{unit} (micro-batch size x replicas) and lead to the global batch size {size}, over 1 sample or "
                     "more"
                 )
+                rampup = None
     return Batch(micro, size, rampup)
 
 
-def read_steps(of: Values, batch: Batch, model: Model) -> tuple[Steps, Optimizer]:
-    size = batch.global_size
+def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple[Steps, Optimizer]:
+    """``start``: where the run goes on, so that iterations are turned into the samples that they take there."""
+    course = Course(batch, start)
     lengths = [n for n in ("train_iters", "train_samples", "train_tokens") if of.values[n]]
     samples = of.train_samples or (of.train_tokens or 0) // model.sequence
     # Megatron-DeepSpeed's scripts give a number of samples that is never reached beside the tokens that count.
@@ -65,13 +68,15 @@ def read_steps(of: Values, batch: Batch, model: Model) -> tuple[Steps, Optimizer
     elif of.train_iters and len(lengths) > 1:
         other = lengths[1]
         of.faults.append(f"--train-iters {of.train_iters} and {of.named[other]} {of.values[other]}: give one")
-    iterations = of.train_iters or iterations_for(batch, samples)
-    if lengths and known and iterations < 1 and not batch.rampup:
-        of.faults.append(f"{samples} samples are less than one global batch of {size}: train for longer")
-    iterations = max(1, iterations)
-    if not by_samples:
-        samples = iterations * size
-    optimizer = _optimizer(of, size, samples, model.sequence, known)
+    if by_samples:
+        iterations = max(start.iteration, course.iterations_at(samples))
+    else:
+        iterations = of.train_iters or 1
+        samples = course.samples_at(iterations)
+    if lengths and known and iterations < 1:
+        first = batch_size_at(batch, 0)
+        of.faults.append(f"{samples} samples are less than one global batch of {first}: train for longer")
+    optimizer = _optimizer(of, course, samples, model.sequence, known)
     recompute, recompute_layers = _recompute(of)
     signals: tuple[int, ...] = ()
     if of.exit_signal_handler:
@@ -85,6 +90,7 @@ def read_steps(of: Values, batch: Batch, model: Model) -> tuple[Steps, Optimizer
             iterations=iterations,
             samples=samples,
             by_samples=by_samples,
+            in_iterations=_in_iterations(of),
             eval_every=of.eval_interval or 1000,
             eval_iterations=of.eval_iters,
             save_every=of.save_interval,
@@ -121,12 +127,19 @@ def _recompute(of: Values) -> tuple[str | None, int]:
     return None, 1
 
 
-def _optimizer(of: Values, size: int, samples: int, sequence: int, known: bool) -> Optimizer:
+def _in_iterations(of: Values) -> tuple[str, ...]:
+    names = ["train_iters", "lr_decay_iters", "lr_warmup_iters"]
+    if of.lr_decay_style == "WSD":
+        names.append("lr_wsd_decay_iters")
+    return tuple(f"{of.named[name]} {of.values[name]}" for name in names if name in of.named and of.values[name])
+
+
+def _optimizer(of: Values, course: Course, samples: int, sequence: int, known: bool) -> Optimizer:
     """``known``: whether the run's own length is."""
 
     def in_samples(iterations: int | None, given: int | None, tokens: int | None) -> int | None:
         if iterations:
-            return iterations * size
+            return course.samples_at(iterations)
         return given or (tokens // sequence if tokens else None)
 
     if of.lr is None and of.known("lr"):
@@ -154,7 +167,9 @@ def _optimizer(of: Values, size: int, samples: int, sequence: int, known: bool) 
             f"{warmup} samples of warm-up for a decay over {decay}: it must be less; shorten the warm-up or set "
             "--lr-decay-iters"
         )
-    wsd = in_samples(of.lr_wsd_decay_iters, of.lr_wsd_decay_samples, None)
+    wsd = of.lr_wsd_decay_samples
+    if of.lr_wsd_decay_iters:  # the last ones of the decay
+        wsd = decay - course.samples_at(max(0, course.iterations_at(decay) - of.lr_wsd_decay_iters))
     if of.lr_decay_style == "WSD" and wsd is None:
         of.faults.append("--lr-decay-style WSD needs --lr-wsd-decay-iters or --lr-wsd-decay-samples")
     of.note_without(
@@ -190,6 +205,7 @@ def _optimizer(of: Values, size: int, samples: int, sequence: int, known: bool) 
         wsd_samples=wsd,
         weight_decay=decays,
         weight_decay_style=of.weight_decay_incr_style,
+        decay_all=of.apply_wd_to_all,
         betas=(of.adam_beta1, of.adam_beta2),
         eps=of.adam_eps,
         momentum=of.sgd_momentum,

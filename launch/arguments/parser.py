@@ -60,6 +60,26 @@ class _Parser(argparse.ArgumentParser):
         raise ArgumentsError([message])
 
 
+# noflush's own: option, attribute, default, what argparse makes of it.
+_OWN: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
+    ("--dry-run", "dry_run", False, {"action": "store_true", "help": "print plan, ranks, memory; start nothing"}),
+    ("--world-size", "world_size", None, {"type": int, "help": "how many ranks --dry-run plans for"}),
+    (
+        "--trust-checkpoint",
+        "trust_checkpoint",
+        False,
+        {"action": "store_true", "help": "--load runs whatever code the checkpoint's pickles hold"},
+    ),
+    ("--relu", "relu", False, {"action": "store_true", "help": "ReLU in the MLP, where Megatron has GELU"}),
+    (
+        "--apply-wd-to-all",
+        "apply_wd_to_all",
+        False,
+        {"action": "store_true", "help": "decay every parameter; Megatron leaves out biases and norms"},
+    ),
+)
+_BESIDE = "--deepspeed_config"
+
 _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
@@ -95,11 +115,8 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(*strings[:1], dest=dest, action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
         else:
             parser.add_argument(*strings, dest=dest, action="store_const", const=kind == "true", help=argparse.SUPPRESS)
-    parser.add_argument("--dry-run", action="store_true", help="print plan, ranks and memory, and start nothing")
-    parser.add_argument("--world-size", type=int, help="how many ranks --dry-run plans for")
-    parser.add_argument(
-        "--trust-checkpoint", action="store_true", help="--load runs whatever code the checkpoint's pickles hold"
-    )
+    for string, dest, _, how in _OWN:
+        parser.add_argument(string, dest=dest, **how)
     return parser
 
 
@@ -110,13 +127,17 @@ _COMMAND_LINE_ALONE = frozenset({"--trust-remote-code"})
 def expand(argv: list[str]) -> list[str]:
     """``argv`` with every ``@FILE`` replaced by the words in it; ``#`` starts a comment there.
 
+    A relative ``--deepspeed_config`` in a file is looked for beside that file, wherever the run is started; all other
+    paths are those of a command line.
+
     Raises ArgumentsError if a file cannot be read, or says what is the command line's alone to say.
     """
     words: list[str] = []
     for word in argv:
         if word.startswith("@"):
             try:
-                found = shlex.split(Path(word[1:]).read_text(), comments=True)
+                path = Path(word[1:])
+                found = _with_config_beside(shlex.split(path.read_text(), comments=True), path.parent)
             except (OSError, ValueError) as error:
                 raise ArgumentsError([f"{word} cannot be read as a file of arguments: {error}"]) from None
             if given := [option for option in found if option in _COMMAND_LINE_ALONE]:
@@ -127,6 +148,17 @@ def expand(argv: list[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _with_config_beside(words: list[str], folder: Path) -> list[str]:
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == _BESIDE:
+            word = str(folder / word)
+        elif word.startswith(f"{_BESIDE}="):
+            word = f"{_BESIDE}={folder / word.removeprefix(f'{_BESIDE}=')}"
+        found.append(word)
+    return found
 
 
 def default_of(option: dict[str, Any]) -> Any:
@@ -160,10 +192,9 @@ def read(argv: list[str]) -> Given:
         hint = f"did you mean {near[0]}?" if near else "Megatron-LM and Megatron-DeepSpeed have no such option"
         faults.append(f"{name} is not an option: {hint}")
     given: dict[str, Any] = vars(namespace)
-    values: dict[str, Any] = {"dry_run": False, "world_size": None, "trust_checkpoint": False}
-    named: dict[str, str] = {}
+    values = dict(defaults())
+    named = {dest: string for string, dest, _, _ in _OWN if dest in given}
     without_meaning: dict[str, list[str]] = {}
-    values |= defaults()
     for option in options():
         dest = option["dest"]
         default = default_of(option)
@@ -192,7 +223,7 @@ def _as_written(strings: list[str], argv: list[str]) -> str | None:
 @cache
 def defaults() -> dict[str, Any]:
     """Every option's value by its attribute name, when it is not given."""
-    found: dict[str, Any] = {}
+    found = {dest: default for _, dest, default, _ in _OWN}
     for option in options():
         found.setdefault(option["dest"], default_of(option))
     return found

@@ -15,7 +15,8 @@ class Model:
 
     Attributes:
         positions: kind of position embedding; ``max_positions`` counts learned ones.
-        activation: ``gelu``, ``openai_gelu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU of it.
+        activation: ``gelu``, ``openai_gelu``, ``relu``, ``squared_relu``, ``quick_gelu`` or ``silu``; ``gated``: a GLU
+            of it.
         query_groups: key-value heads; as many as heads without grouped-query attention.
         tied: whether the output layer shares the word embedding's weights.
         vocabulary: rows of the embedding and of the output layer; 0 until the tokenizer is known.
@@ -98,13 +99,17 @@ class Steps:
     """How long to train, and what happens on the way; all in iterations but where named otherwise.
 
     Attributes:
-        samples: how many to train on; ``iterations`` follow from it where there is no ramp-up.
+        iterations, samples: at the run's end, those done before it was resumed among them; one was given, the other
+            follows from it (`progress`).
+        by_samples: whether samples (or tokens) were given.
+        in_iterations: options that gave a length in iterations, with their values.
         recompute: ``None``, ``uniform`` or ``block``; ``recompute_layers`` a chunk, or so many of each stage.
     """
 
     iterations: int
     samples: int
     by_samples: bool
+    in_iterations: tuple[str, ...]
     eval_every: int
     eval_iterations: int
     save_every: int | None
@@ -124,6 +129,7 @@ class Optimizer:
 
     Attributes:
         name: ``adam`` or ``sgd``.
+        decay_all: whether biases and norms decay too.
     """
 
     name: str
@@ -137,6 +143,7 @@ class Optimizer:
     wsd_samples: int | None
     weight_decay: tuple[float, float]
     weight_decay_style: str
+    decay_all: bool
     betas: tuple[float, float]
     eps: float
     momentum: float

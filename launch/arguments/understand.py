@@ -1,6 +1,7 @@
 """From a command line to a run's settings: Megatron-LM's and Megatron-DeepSpeed's names made one, and checked across.
 
-Reads no file but the DeepSpeed config; what the data and tokenizer files hold is checked by `files`.
+Reads no file but the DeepSpeed config, and where the checkpoint to load stands; what the data and tokenizer files hold
+is checked by `files`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from noflush.launch.arguments.deepspeed_config import complete, read_config
-from noflush.launch.arguments.of_files import read_checkpoints, read_data, read_logs, read_tokens
+from noflush.launch.arguments.of_files import read_checkpoints, read_data, read_logs, read_start, read_tokens
 from noflush.launch.arguments.of_model import read_model, read_ranks
 from noflush.launch.arguments.of_training import read_batch, read_steps
 from noflush.launch.arguments.parser import ArgumentsError, read
@@ -29,7 +30,8 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     ranks = read_ranks(of, world)
     model = read_model(of, ranks)
     batch = read_batch(of, config, ranks)
-    steps, optimizer = read_steps(of, batch, model)
+    checkpoints = read_checkpoints(of)
+    steps, optimizer = read_steps(of, batch, model, read_start(of, checkpoints))
     precision: Literal["fp32", "bf16", "fp16"] = "fp16" if of.fp16 else "bf16" if of.bf16 else "fp32"
     if of.fp16 and of.bf16:
         of.faults.append("--fp16 and --bf16: give one")
@@ -45,7 +47,7 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
         optimizer=optimizer,
         data=read_data(of),
         tokens=read_tokens(of),
-        checkpoints=read_checkpoints(of),
+        checkpoints=checkpoints,
         logs=read_logs(of),
         precision=precision,
         deepspeed=deepspeed,

@@ -35,6 +35,7 @@ def arguments_of(model: Model) -> list[str]:
         "--swiglu": model.gated and model.activation == "silu",
         "--quick-geglu": model.gated and model.activation == "quick_gelu",
         "--openai-gelu": model.activation == "openai_gelu",
+        "--relu": model.activation == "relu",
         "--squared-relu": model.activation == "squared_relu",
         "--disable-bias-linear": not model.bias,
         "--add-qkv-bias": model.qkv_bias,

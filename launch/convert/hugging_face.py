@@ -19,7 +19,7 @@ Layout = Literal["gpt2", "llama"]
 State = dict[str, Tensor]
 
 _ACTIVATIONS: dict[Layout, dict[str, str]] = {
-    "gpt2": {"gelu": "gelu", "openai_gelu": "gelu_new", "squared_relu": "relu2"},
+    "gpt2": {"gelu": "gelu", "openai_gelu": "gelu_new", "relu": "relu", "squared_relu": "relu2"},
     "llama": {"silu": "silu", "quick_gelu": "quick_gelu"},
 }
 _SYNONYMS = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}

@@ -48,11 +48,15 @@ class SampleOrder:
     def _shuffled(self) -> Iterator[list[int]]:
         # A replica keeps to its own part of the data, so that shuffling needs no communication.
         part = self._total // (self._micro * self._replicas) * self._micro
-        consumed = self._consumed
-        while part:
-            epoch, done = divmod(consumed, part * self._replicas)
+        if not part:
+            return
+        epoch, done = divmod(self._consumed // self._replicas, part)
+        mine: list[int] = []
+        while True:
             order = torch.randperm(part, generator=torch.Generator().manual_seed(self._seed + epoch)).tolist()
-            mine = [self._replica * part + index for index in order[done // self._replicas :]]
-            for start in range(0, len(mine), self._micro):
+            mine += [self._replica * part + index for index in order[done:]]
+            # After other micro-batch sizes an epoch may end within a micro-batch: the next one fills it.
+            whole = len(mine) // self._micro * self._micro
+            for start in range(0, whole, self._micro):
                 yield mine[start : start + self._micro]
-                consumed += self._micro * self._replicas
+            mine, epoch, done = mine[whole:], epoch + 1, 0

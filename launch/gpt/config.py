@@ -31,6 +31,7 @@ def _squared_relu(x: torch.Tensor) -> torch.Tensor:
 _ACTIVATIONS = {
     "gelu": F.gelu,
     "openai_gelu": _openai_gelu,
+    "relu": F.relu,
     "squared_relu": _squared_relu,
     "quick_gelu": quick_gelu,
     "silu": F.silu,

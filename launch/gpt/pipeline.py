@@ -98,12 +98,16 @@ def build_pipeline(settings: Settings) -> PipelineModule:
     )
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, as Megatron's: weights that decay, and biases and other one-dimensional ones that do not."""
+def parameter_groups(module: nn.Module, decay_all: bool = False) -> list[dict[str, Any]]:
+    """Two groups, as Megatron's: weights that decay, and biases and other one-dimensional ones that do not.
+
+    ``decay_all``: one group, of all.
+    """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (others if name.endswith(".bias") or parameter.dim() == 1 else decayed).append(parameter)
+            spared = not decay_all and (name.endswith(".bias") or parameter.dim() == 1)
+            (others if spared else decayed).append(parameter)
     groups = [{"params": decayed, "wd_mult": 1.0}, {"params": others, "wd_mult": 0.0, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -1,5 +1,5 @@
-"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, a list of these files, and whether it
-holds weights alone.
+"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, where it stands, a list of these files,
+and whether it holds weights alone.
 
 Imports no torch and no host.
 """
@@ -11,10 +11,12 @@ import json
 from pathlib import Path
 
 from noflush.checkpoint import newest_complete
+from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Model, Tokens
 
 MODEL = "model.json"
 TOKENS = "tokenizer.json"
+POSITION = "position.json"
 WEIGHTS_ALONE = "weights_alone"
 """Marks a checkpoint without optimizer state."""
 _TRUST = "trust_remote_code"
@@ -75,6 +77,25 @@ def read_tokens(checkpoint: Path) -> Tokens | None:
     numbers = found.vocab_size or 0, found.extra_ids
     fits = all(isinstance(name, str | None) for name in names) and all(type(number) is int for number in numbers)
     return found if fits else None
+
+
+def write_position(checkpoint: Path, position: Position) -> None:
+    """Puts beside the weights where the run stands, to be known before anything is built."""
+    (checkpoint / POSITION).write_text(json.dumps(dataclasses.asdict(position)))
+
+
+def read_position(checkpoint: Path) -> Position | None:
+    """Where the run stands that wrote ``checkpoint``; None if it does not say so here.
+
+    Raises ValueError if the file is none that `write_position` wrote.
+    """
+    path = checkpoint / POSITION
+    if not path.is_file():
+        return None
+    try:
+        return position_in(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used ({error})") from None
 
 
 def checkpoint_in(folder: str | Path) -> Path:

@@ -13,15 +13,22 @@ from typing import Any
 import torch.distributed as dist
 
 from noflush.checkpoint import LATEST, PARTIAL, REPLACED, newest_complete, remove, write_latest
+from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
 from noflush.launch.refusal import RefusedError
 from noflush.launch.training.agreement import agree, on_first_rank
 from noflush.launch.training.checkpoint_faults import folder_faults
-from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_manifest, write_model, write_tokens
+from noflush.launch.training.checkpoint_files import (
+    MODEL,
+    WEIGHTS_ALONE,
+    write_manifest,
+    write_model,
+    write_position,
+    write_tokens,
+)
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.last_words import is_about_peers
 from noflush.launch.training.pickles import file_fault
-from noflush.launch.training.progress import Position
 from noflush.launch.training.random_state import random_state, restore
 from noflush.launch.training.writing import Writing, why_not_written
 
@@ -96,6 +103,7 @@ def save(
     def put_in_place() -> None:
         write_model(partial, model)
         write_tokens(partial, tokens)
+        write_position(partial, position)
         write_manifest(partial)
         # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
         replaced = folder / f"{tag}{REPLACED}"
@@ -157,10 +165,16 @@ def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None
             raise
         if "OptimizerParamScheduler" in str(error):
             raise RefusedError(
-                f"{name}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
-                "--override-opt_param-scheduler to go on with the arguments', or "
+                f"{name}: {error}; the learning-rate schedule is another than the checkpoint's. Lengths are in "
+                "samples: those given in iterations (--train-iters, ...) are others at another --global-batch-size. "
+                "Give --override-opt_param-scheduler to go on with the arguments', or "
                 "--use-checkpoint-opt_param-scheduler with the checkpoint's",
                 everywhere=True,  # one schedule, whatever the stage
+            ) from None
+        if "parameter groups" in str(error):
+            raise RefusedError(
+                f"{name}: its optimizer has other parameter groups; give --apply-wd-to-all, or leave it out, as it was "
+                "when the checkpoint was written"
             ) from None
         reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
         raise RefusedError(
@@ -178,7 +192,10 @@ def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None
             f"{name} does not say which samples were trained on: it was not saved by pretrain_gpt.py; take its weights "
             "alone by --finetune"
         )
-    return Position(**state["noflush"])
+    position = position_in(state["noflush"])
+    if not settings.load_optimizer:
+        engine.lr_scheduler.step(position.consumed)  # the schedule stands where the run does
+    return position
 
 
 def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
@@ -21,7 +22,6 @@ from noflush.launch.training import checkpoints
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.progress import (
     Interval,
-    Position,
     bubble_between,
     floating_point_operations,
     log_line,
@@ -72,6 +72,7 @@ class Training:
         self._losses: list[torch.Tensor] = []
         self._figures: Sequence[Any] = ()
         self._spent = 0.0
+        self._logged_at = position.consumed
         self._saved_at: int | None = position.iteration or None
 
     def run(self) -> str | None:
@@ -104,8 +105,7 @@ class Training:
             begin = time.perf_counter()
             loss = self.engine.train_batch(data_iter=data)
             self._spent += time.perf_counter() - begin
-            position.iteration += 1
-            position.consumed += size
+            position.advance(size)
             self._losses.append(loss.detach())
             if position.iteration % steps.log_every == 0:
                 self._log(size)
@@ -149,8 +149,7 @@ class Training:
         """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""
         steps, position = self.settings.steps, self.position
         needed = steps.eval_iterations * self.settings.batch.global_size
-        # From the iteration alone, so that a resumed run evaluates as one that was not stopped.
-        start = (iteration - 1) // steps.eval_every * needed if name == "validation" else 0
+        start = evaluated_before(iteration, steps.eval_every, needed) if name == "validation" else 0
         data = None if dataset is None else self._stream(dataset, _start_within(len(dataset), start, needed))
         if not _agreed(self.engine, dataset is not None):
             return
@@ -173,6 +172,7 @@ class Training:
     def _log(self, size: int) -> None:
         losses, self._losses = self._losses, []
         spent, self._spent = self._spent, 0.0
+        samples, self._logged_at = self.position.consumed - self._logged_at, self.position.consumed
         if not self._logs:
             return
         count, position, settings = len(losses), self.position, self.settings
@@ -195,7 +195,7 @@ class Training:
             nans=count - len(finite),
             bubble=bubble_between(self._figures, figures) if figures else None,
             delay=schedule.max_delay(0) if schedule else 0,
-            teraflops=operations * size / seconds / 1e12 / settings.ranks.world if settings.logs.throughput else None,
+            teraflops=operations * samples / spent / 1e12 / settings.ranks.world if settings.logs.throughput else None,
         )
         self._figures = figures
         say(log_line(position, settings.steps.iterations, interval, datetime.now()))
@@ -220,6 +220,15 @@ class Training:
 def _scale(engine: Any) -> float:
     optimizer = engine.optimizer
     return float(getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None) or 1.0)
+
+
+def evaluated_before(iteration: int, every: int, needed: int) -> int:
+    """Samples of the evaluations before the one at ``iteration``, each of ``needed``.
+
+    From the iteration alone, so that a resumed run evaluates as one that was not stopped; with ``--skip-train`` it may
+    be 0.
+    """
+    return max(0, iteration - 1) // every * needed
 
 
 def _start_within(samples: int, start: int, needed: int) -> int:

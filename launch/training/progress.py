@@ -1,4 +1,4 @@
-"""Where a run stands, and the line that Megatron prints of it."""
+"""The line that Megatron prints of a run's progress, and what is in it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from noflush.figures import StageFigures
-
-
-@dataclass
-class Position:
-    """What a checkpoint must remember to go on at the exact sample."""
-
-    iteration: int = 0
-    consumed: int = 0
+from noflush.launch.arguments.progress import Position
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def build_engine(settings: Settings) -> Any:
     module = build_pipeline(settings)
     engine, *_ = deepspeed.initialize(
         model=module,
-        model_parameters=parameter_groups(module),
+        model_parameters=parameter_groups(module, settings.optimizer.decay_all),
         config=settings.deepspeed,
         lr_scheduler=schedule_of(settings),
     )

@@ -345,7 +345,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_scale = None
         self._nf_updated = True
         if self.global_rank == 0 and self.monitor.enabled:
-            samples = self._nf_runner.updates * self._nf_samples_per_call
+            samples = self._nf_samples_after(self._nf_runner.updates)
             self._nf_events.append(("Train/Samples/lr", self.get_lr()[0], samples))
         if self.lr_scheduler is not None:
             try:
@@ -384,7 +384,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_learnt.append((step, self.agg_train_loss))
         self._nf_guard.hear(self.global_steps, step, report)
         if self.global_rank == 0 and self.monitor.enabled:
-            self._nf_losses.put(self.global_steps, step * self._nf_samples_per_call, report[:1])
+            self._nf_losses.put(self.global_steps, self._nf_samples_after(step), report[:1])
+
+    def _nf_samples_after(self, batch: int) -> int:
+        """Samples up to batch number ``batch``; all batches since the newest finished call's are of one size."""
+        samples: int = self.global_samples + (batch - self.global_steps) * self._nf_samples_per_call
+        return samples
 
     # ---- reports -----------------------------------------------------------------------------------------
 

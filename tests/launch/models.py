@@ -23,6 +23,7 @@ LLAMA = dataclasses.replace(
 MODELS = {
     "gpt2": GPT2,
     "gpt2 tied, exact gelu": dataclasses.replace(GPT2, tied=True, activation="gelu", norm_epsilon=1e-3),
+    "gpt2 relu": dataclasses.replace(GPT2, activation="relu"),
     "gpt2 relu squared": dataclasses.replace(GPT2, activation="squared_relu"),
     "llama": LLAMA,
     "llama tied, qkv bias": dataclasses.replace(LLAMA, tied=True, qkv_bias=True, norm_epsilon=1e-2),

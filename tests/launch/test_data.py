@@ -141,3 +141,13 @@ def test_a_restarted_order_goes_on_at_the_exact_sample(shuffle):
         for done in range(len(whole)):
             again = SampleOrder(31, done * 4, 2, replica, 2, shuffle, seed=5)
             assert list(itertools.islice(iter(again), len(whole) - done)) == whole[done:]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_after_another_micro_batch_size_every_micro_batch_is_whole(shuffle):
+    order = SampleOrder(24, 18, 4, 0, 1, shuffle, seed=5)  # 6 samples before the end of the epoch
+    read = list(itertools.islice(iter(order), 1 + 9 * shuffle))
+    assert [len(batch) for batch in read] == [4] * (1 + 9 * shuffle)
+    for done in range(1, len(read)):
+        again = SampleOrder(24, 18 + 4 * done, 4, 0, 1, shuffle, seed=5)
+        assert next(iter(again)) == read[done]

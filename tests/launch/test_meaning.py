@@ -105,6 +105,8 @@ def test_every_option_parses():
         ("--norm-epsilon 1e-6", "model.norm_epsilon", 1e-6),
         ("--disable-bias-linear", "model.bias", False),
         ("--squared-relu", "model.activation", "squared_relu"),
+        ("--relu", "model.activation", "relu"),
+        ("--apply-wd-to-all", "optimizer.decay_all", True),
         ("--init-method-std 0.01", "model.init_std", 0.01),
         ("--attention-dropout 0.2", "model.attention_dropout", 0.2),
         ("--tensor-model-parallel-size 2", "ranks.tensor", 2),

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from noflush.checkpoint import newest_complete
-from noflush.launch.arguments.rampup import batch_size_at, iterations_for
+from noflush.launch.arguments.progress import Course
+from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.understand import understand
 from tests.launch.megatron import NADAMW, SMALL
 from tests.launch.processes import Run
@@ -126,15 +127,29 @@ def test_exit_interval_and_duration(tmp_path):
     assert (save / "stopped").read_text() == f"iteration {max(losses)} of 100000, after 0 minutes\n"
 
 
-def test_a_batch_that_grows(tmp_path):
-    """2, 4, 6, 8 samples, over the first 24, as Megatron ramps up; then to the last sample."""
+def figures(run):
+    """Batch size, samples consumed and learning rate of every iteration, as printed."""
+    patterns = (r"global batch size: +(\d+)", r"consumed samples: +(\d+)", r"learning rate: (\S+)")
+    return [[float(number) for number in re.findall(pattern, run.text(-1))] for pattern in patterns]
+
+
+def test_a_batch_that_grows_and_another_one_after_resuming(tmp_path):
+    """2, 4, 6, 8 samples, over the first 24, as Megatron ramps up; then to the last sample, where the rate is least."""
     more = "--mock-data --pipeline-model-parallel-size 2 --global-batch-size 8 --rampup-batch-size 2 2 24"
-    run = Run(arguments(tmp_path, f"{more} --train-iters 10"), 2, tmp_path, "ramp")
+    more += f" --train-iters 10 --save {tmp_path}/save --save-interval 7"
+    run = Run(arguments(tmp_path, more), 2, tmp_path, "ramp")
     assert len(finish(run)) == 10
-    sizes = [int(n) for n in re.findall(r"global batch size: +(\d+)", run.text(-1))]
-    consumed = [int(n) for n in re.findall(r"consumed samples: +(\d+)", run.text(-1))]
+    sizes, consumed, rates = figures(run)
     assert sizes == [2, 2, 2, 2, 4, 4, 6, 6, 8, 8]
     assert consumed == [sum(sizes[: i + 1]) for i in range(10)]
+    assert (rates[2], rates[9]) == (3e-3, 1e-4)
+    more = "--mock-data --pipeline-model-parallel-size 2 --global-batch-size 12 --train-iters 10"
+    more += f" --load {tmp_path}/save --ckpt-step 7 --override-opt_param-scheduler"
+    again = Run(arguments(tmp_path, more), 2, tmp_path, "again")
+    assert sorted(finish(again)) == [8, 9, 10]
+    sizes, consumed, rates = figures(again)
+    assert (sizes, consumed) == ([12, 12, 12], [34, 46, 58])
+    assert rates[2] == 1e-4 < rates[1]
 
 
 def test_the_ramp_is_that_of_megatron_core(tmp_path):
@@ -150,4 +165,4 @@ def test_the_ramp_is_that_of_megatron_core(tmp_path):
         while consumed + batch_size_at(settings.batch, consumed) <= samples:
             consumed += batch_size_at(settings.batch, consumed)
             iterations += 1
-        assert iterations_for(settings.batch, samples) == iterations
+        assert Course(settings.batch).iterations_at(samples) == iterations

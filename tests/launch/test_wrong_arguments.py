@@ -68,6 +68,7 @@ WRONG = {
     ),
     "no ffn left": ("--swiglu --hidden-size 16", "--swiglu with --hidden-size 16 .*: give --ffn-hidden-size"),
     "two activations": ("--swiglu --squared-relu --ffn-hidden-size 32", "--swiglu and --squared-relu: give one"),
+    "relu and another": ("--relu --openai-gelu", "--openai-gelu and --relu: give one"),
     "ranks": ("--pipeline-model-parallel-size 4", "2 ranks for .* the number of ranks must be a multiple"),
     "sequence": ("--seq-length 32", "--seq-length 32 is more than --max-position-embeddings 16: raise the second"),
     "positions": (

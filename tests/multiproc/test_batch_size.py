@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.multiproc
 SIZES = [(2, 4), (4, 3), (1, 6)]
 
 
-def ramp(rank, stages, optimizer):
+def ramp(rank, stages, optimizer, folder):
     losses = []
 
     def loss_fn(outputs, labels):
@@ -26,7 +27,8 @@ def ramp(rank, stages, optimizer):
         losses.append(loss.item())
         return loss
 
-    engine = t.build(stages, t.ds_config(SIZES[0][0], optimizer, block={}), loss_fn=loss_fn)
+    monitor = {"csv_monitor": {"enabled": True, "output_path": folder, "job_name": "run"}}
+    engine = t.build(stages, t.ds_config(SIZES[0][0], optimizer, block={}, **monitor), loss_fn=loss_fn)
     stream = iter(t.data(sum(k * calls for k, calls in SIZES)))
     samples = []
     for gas, calls in SIZES:
@@ -46,12 +48,12 @@ def ramp(rank, stages, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", [t.NADAMW, t.ADAMW], ids=["noflush's", "DeepSpeed's"])
-def test_another_batch_size_drains_and_goes_on(optimizer):
+def test_another_batch_size_drains_and_goes_on(optimizer, tmp_path):
     from noflush.simulate import DelaySimulator
 
     torch.set_num_threads(1)
     stages = 4
-    results = run_ranks(ramp, stages, stages=stages, optimizer=optimizer)
+    results = run_ranks(ramp, stages, stages=stages, optimizer=optimizer, folder=str(tmp_path))
     parts = t.split_by_blocks(t.layers(), stages)
     # Built with room for the most versions; every K is then a schedule of its own.
     make = t.nadamw if optimizer is t.NADAMW else t.adamw
@@ -66,3 +68,7 @@ def test_another_batch_size_drains_and_goes_on(optimizer):
     for result in results:
         assert result["updates"] == 13
         assert result["samples"] == [(4, 24, 2), (7, 60, 4), (13, 78, 1)]
+    consumed = list(itertools.accumulate(3 * gas for gas, calls in SIZES for _ in range(calls)))
+    for name in ("train_loss", "lr"):
+        (path,) = tmp_path.rglob(f"*Samples_{name}.csv")
+        assert [int(row[0]) for row in csv.reader(path.open()) if row[0].isdigit()] == consumed, name

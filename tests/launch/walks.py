@@ -1,0 +1,84 @@
+"""Runs walked iteration by iteration, batch sizes as Megatron counts them, rates by its scheduler: the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from noflush.checkpoint import write_latest
+from noflush.launch.arguments.progress import Position
+from noflush.launch.arguments.understand import understand
+from noflush.launch.training.checkpoint_files import write_position
+from noflush.launch.training.schedule import schedule_of
+
+MAX, MIN = 1e-3, 1e-4
+RUN = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8 "
+    "--micro-batch-size 2 --pipeline-model-parallel-size 2 --mock-data --tokenizer-type NullTokenizer --vocab-size 60 "
+    f"--untie-embeddings-and-output-weights --lr {MAX} --min-lr {MIN} "
+)
+RAMP = "--global-batch-size 16 --rampup-batch-size 4 4 64 "
+
+
+def understood(arguments):
+    return understand((RUN + arguments).split(), 2)[0]
+
+
+def size_by_megatron(batch, consumed):
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    if batch.rampup is None:
+        return batch.global_size
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(batch.global_size, 1, 1, False, 1, *batch.rampup)
+    theirs.update(consumed, consistency_check=False)
+    return theirs.get_current_global_batch_size()
+
+
+class Walk:
+    """A run, one iteration after the other: ``consumed``, ``rates`` and ``decays`` after each, from the first on.
+
+    Goes on where ``before`` stopped, its schedule through that one's state.
+    """
+
+    def __init__(self, run, iterations=None, before=None):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.schedule = schedule_of(run)(optimizer)
+        self.consumed, self.rates, self.decays = [], [], []
+        if before is not None:
+            self.consumed, self.rates, self.decays = before.consumed[:], before.rates[:], before.decays[:]
+            self.schedule.load_state_dict(before.schedule.state_dict())
+        steps = run.steps
+        while len(self.consumed) != iterations:
+            done = self.consumed[-1] if self.consumed else 0
+            size = size_by_megatron(run.batch, done)
+            over = done + size > steps.samples if steps.by_samples else len(self.consumed) >= steps.iterations
+            if over:
+                break
+            self.schedule.step(size)
+            self.consumed.append(done + size)
+            self.rates.append(optimizer.param_groups[0]["lr"])
+            self.decays.append(optimizer.param_groups[0]["weight_decay"])
+
+    def position(self):
+        found, last = Position(), 0
+        for consumed in self.consumed:
+            found.advance(consumed - last)
+            last = consumed
+        return found
+
+
+def is_linear(rates, consumed, first, last):
+    """Whether the rate falls from MAX at ``first`` samples to MIN at ``last``, in a straight line over samples."""
+    wanted = [MAX + (MIN - MAX) * (c - first) / (last - first) for c in consumed if c > first]
+    assert rates[-len(wanted) :] == pytest.approx(wanted)
+    assert consumed[-1] == last
+
+
+def resumed(folder, before, arguments, state=True):
+    """``arguments`` as understood where ``before``'s checkpoint is loaded."""
+    checkpoint = folder / f"global_step{len(before.consumed)}"
+    checkpoint.mkdir()
+    if state:
+        write_position(checkpoint, before.position())
+    write_latest(folder, checkpoint.name)
+    return understood(f"{arguments} --load {folder}")
