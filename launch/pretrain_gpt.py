@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from noflush.checkpoint import write_whole
 from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.ranks import Rendezvous, export, rendezvous
+from noflush.launch.refusal import RefusedError, refuse
 from noflush.launch.signals import Signals, listen
 
 if TYPE_CHECKING:
@@ -37,11 +39,13 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.arguments.files import file_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer, padded_vocabulary
+    from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
     from noflush.launch.training.checkpoints import model_faults
     from noflush.launch.training.writers import board_needed
 
     settings, without_meaning = understand(argv, world)
     faults = file_faults(settings) + board_needed(settings)
+    faults += folder_faults(settings.checkpoints, trains=not settings.steps.skip_train)
     if not faults:
         try:
             tokenizer = make_tokenizer(settings.tokens)
@@ -58,13 +62,17 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
                 )
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
+    faults += [] if faults else load_part_faults(settings)
     if faults:
         raise ArgumentsError(faults)
     return settings, without_meaning
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs; the exit status: 0 for trained to the end or stopped with a checkpoint, 2 for wrong arguments."""
+    """Runs; the exit status: 0 for trained to the end or stopped with a checkpoint.
+
+    2 for what no retry can mend: wrong arguments, a checkpoint that cannot be loaded or saved. 1 for any other end.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         found = rendezvous(os.environ)
@@ -109,15 +117,21 @@ def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, sig
     if rank == 0:
         for line in lines:
             say(line)
-    if rank == 0 and settings.checkpoints.save:
-        (Path(settings.checkpoints.save) / STOPPED).unlink(missing_ok=True)
-    engine = build_engine(settings)
-    position = checkpoints.load(engine, settings.checkpoints)
+    tag, lock = checkpoints.open_folders(settings.checkpoints, not settings.steps.skip_train, os.environ)
+    if lock is not None:
+        (lock.path.parent / STOPPED).unlink(missing_ok=True)
+    try:
+        engine = build_engine(settings)
+        position = checkpoints.load(engine, settings.checkpoints, tag)
+    except RefusedError:
+        if lock is not None:
+            lock.release()
+        raise
     if rank == 0 and position is not None:
         say(f"resumed from {settings.checkpoints.load} at iteration {position.iteration}")
     reads = engine.is_first_stage() or engine.is_last_stage()
     datasets = build_datasets(settings, make_tokenizer(settings.tokens), reads)
-    return Training(settings, engine, datasets, position or Position(), count, signals)
+    return Training(settings, engine, datasets, position or Position(), count, signals, lock)
 
 
 def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
@@ -129,7 +143,13 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         reason = training.run()
         if found.rank == 0:
             _say_why(settings, training.position.iteration, reason)
+        if training.lock is not None:
+            training.lock.release()
         leave()
+    except RefusedError as error:
+        if training is not None and training.lock is not None:
+            training.lock.release()
+        refuse(error, found.rank, settings.checkpoints.save)
     except Exception as error:
         traceback.print_exc()
         _say_last_words(settings, found, training.position.iteration if training else 0, error)
@@ -163,7 +183,7 @@ def _say_why(settings: Settings, iteration: int, reason: str | None) -> None:
     else:
         print(f"stopped at iteration {iteration}: {reason}", flush=True)  # noqa: T201
     if folder and reason is not None:
-        (Path(folder) / STOPPED).write_text(f"iteration {iteration} of {settings.steps.iterations}, {reason}\n")
+        write_whole(Path(folder) / STOPPED, f"iteration {iteration} of {settings.steps.iterations}, {reason}\n")
 
 
 if __name__ == "__main__":

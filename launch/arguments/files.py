@@ -49,10 +49,6 @@ def file_faults(settings: Settings) -> list[str]:
         faults.append(f"--split {data.split}: give three parts such as 969,30,1, of which some is more than 0")
     elif data.split is not None and not faults:
         faults += [fault for prefix in prefixes for fault in _empty_parts(prefix, data.split)]
-    if checkpoints.must_exist and checkpoints.load and not (Path(checkpoints.load) / "latest").is_file():
-        faults.append(f"--load {checkpoints.load} holds no checkpoint, and --exit-on-missing-checkpoint is given")
-    if checkpoints.load and checkpoints.tag and not (Path(checkpoints.load) / checkpoints.tag).is_dir():
-        faults.append(f"--load {checkpoints.load} has no checkpoint {checkpoints.tag}")
     if checkpoints.save:
         fault = _unwritable(checkpoints.save)
         if fault:

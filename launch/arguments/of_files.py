@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noflush.checkpoint import newest_complete
+from noflush.checkpoint import CheckpointError, newest_complete
 from noflush.launch.arguments.files import paths_from_files
 from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
 from noflush.launch.arguments.values import Values
@@ -63,7 +63,7 @@ def read_checkpoints(of: Values) -> Checkpoints:
     tag = of.load_tag or (f"global_step{of.ckpt_step}" if of.ckpt_step is not None else None)
     load, finetune = of.load, of.finetune
     # As Megatron: where to begin, until there is a checkpoint of the run's own to go on from.
-    if of.pretrained_checkpoint and not (load and newest_complete(load)):
+    if of.pretrained_checkpoint and not (load and _has_checkpoint(load)):
         load, finetune, tag = of.pretrained_checkpoint, True, None
     of.note_without(bool(load), "--load", "load_tag", "ckpt_step")
     of.note_without(bool(of.save), "--save", "save_interval")
@@ -76,7 +76,15 @@ def read_checkpoints(of: Values) -> Checkpoints:
         load_rng=not (finetune or of.no_load_rng),
         save_rng=not of.no_save_rng,
         must_exist=of.exit_on_missing_checkpoint,
+        trusted=of.trust_checkpoint,
     )
+
+
+def _has_checkpoint(folder: str) -> bool:
+    try:
+        return newest_complete(folder) is not None
+    except (CheckpointError, OSError):  # said when the folder is looked at
+        return True
 
 
 def read_logs(of: Values) -> Logs:

@@ -93,6 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(*strings, dest=dest, action="store_const", const=kind == "true", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="print plan, ranks and memory, and start nothing")
     parser.add_argument("--world-size", type=int, help="how many ranks --dry-run plans for")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="--load runs whatever code the checkpoint's pickles hold"
+    )
     return parser
 
 
@@ -144,7 +147,7 @@ def read(argv: list[str]) -> Given:
         hint = f"did you mean {near[0]}?" if near else "Megatron-LM and Megatron-DeepSpeed have no such option"
         faults.append(f"{name} is not an option: {hint}")
     given: dict[str, Any] = vars(namespace)
-    values: dict[str, Any] = {"dry_run": False, "world_size": None}
+    values: dict[str, Any] = {"dry_run": False, "world_size": None, "trust_checkpoint": False}
     named: dict[str, str] = {}
     without_meaning: dict[str, list[str]] = {}
     values |= defaults()

@@ -180,6 +180,7 @@ class Checkpoints:
     Attributes:
         tag: name of the one to load; None for the newest complete one.
         finetune: take the weights alone and start at iteration 0.
+        trusted: load files that may run code.
     """
 
     save: str | None
@@ -190,6 +191,7 @@ class Checkpoints:
     load_rng: bool
     save_rng: bool
     must_exist: bool
+    trusted: bool
 
 
 @dataclass(frozen=True)

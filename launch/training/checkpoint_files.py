@@ -1,4 +1,5 @@
-"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, and whether it holds weights alone.
+"""What lies in a checkpoint beside DeepSpeed's files: the model, its tokenizer, a list of all files, and whether it
+holds weights alone.
 
 Imports no torch and no host.
 """
@@ -16,6 +17,28 @@ MODEL = "model.json"
 TOKENS = "tokenizer.json"
 WEIGHTS_ALONE = "weights_alone"
 """Marks a checkpoint without optimizer state."""
+MANIFEST = "manifest.json"
+"""Names and sizes of the checkpoint's other files."""
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Lists every file that is in ``checkpoint``, with its size in bytes."""
+    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    (checkpoint / MANIFEST).write_text(json.dumps(sizes, indent=1))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, int]:
+    """Size in bytes by name, as `write_manifest` listed them; empty for a checkpoint that has no list.
+
+    Raises ValueError if the list is no such.
+    """
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        return {str(name): int(size) for name, size in sizes.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{checkpoint / MANIFEST} is no list of files: {error}") from None
 
 
 def write_model(checkpoint: Path, model: Model) -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from noflush.checkpoint import LATEST, REPLACED, newest_complete, write_latest
+from noflush.checkpoint import LATEST, PARTIAL, REPLACED, newest_complete, remove, write_latest
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
-from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_model, write_tokens
+from noflush.launch.refusal import RefusedError
+from noflush.launch.training.agreement import agree, on_first_rank
+from noflush.launch.training.checkpoint_faults import folder_faults
+from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, write_manifest, write_model, write_tokens
+from noflush.launch.training.folder_lock import FolderLock
+from noflush.launch.training.last_words import is_about_peers
+from noflush.launch.training.pickles import file_fault
 from noflush.launch.training.progress import Position
 from noflush.launch.training.random_state import random_state, restore
+from noflush.launch.training.writing import Writing, why_not_written
 
-_PARTIAL = ".partial"
+# DeepSpeed copies these beside the checkpoints, through a link too.
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 
 def tag_of(iteration: int) -> str:
@@ -24,39 +34,116 @@ def tag_of(iteration: int) -> str:
     return f"global_step{iteration}"
 
 
-def save(engine: Any, settings: Checkpoints, model: Model, tokens: Tokens, position: Position) -> None:
-    """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk."""
+def open_folders(
+    settings: Checkpoints, trains: bool, environ: Mapping[str, str]
+) -> tuple[str | None, FolderLock | None]:
+    """On all ranks, before anything large is built: (tag of the checkpoint to load, rank 0's lock of --save).
+
+    The tag is None where training starts anew; the lock where this run saves nothing, and on all other ranks.
+
+    Raises:
+        RefusedError: on every rank; another run saves there, ``latest`` cannot be gone by, or a file of the checkpoint
+            is damaged or would run code.
+    """
+    lock: FolderLock | None = None
+
+    def choose() -> str | None:
+        nonlocal lock
+        if settings.save and trains:
+            lock = FolderLock(settings.save, environ)
+        # Again, with nobody else writing there any more.
+        faults = folder_faults(settings, trains)
+        if faults:
+            raise RefusedError("; ".join(faults))
+        return (settings.tag or newest_complete(settings.load)) if settings.load else None
+
+    try:
+        tag = on_first_rank(choose)
+        if tag is not None:
+            assert settings.load is not None
+            files = sorted((Path(settings.load) / tag).rglob("*.pt"))
+            mine = files[dist.get_rank() :: dist.get_world_size()]
+            faults = [fault for path in mine if (fault := file_fault(path, settings.trusted))]
+            agree(f"--load {settings.load}: {faults[0]}" if faults else None)
+    except RefusedError:
+        if lock is not None:
+            lock.release()
+        raise
+    return tag, lock
+
+
+def save(
+    engine: Any, settings: Checkpoints, model: Model, tokens: Tokens, position: Position, lock: FolderLock | None = None
+) -> None:
+    """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk.
+
+    Raises RefusedError on every rank if a part cannot be written: ``latest`` and what it names are as before then.
+    """
     assert settings.save is not None
     tag = tag_of(position.iteration)
-    folder, partial = Path(settings.save), f"{tag}{_PARTIAL}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder / partial, ignore_errors=True)
-    dist.barrier()
+    folder = Path(settings.save)
+    partial = folder / f"{tag}{PARTIAL}"
+
+    def make_room() -> None:
+        if lock is not None:
+            lock.check()
+        remove(partial)
+        for script in _SCRIPTS:
+            if (folder / script).is_symlink():
+                remove(folder / script)
+        partial.mkdir(parents=True)
+
+    def put_in_place() -> None:
+        write_model(partial, model)
+        write_tokens(partial, tokens)
+        write_manifest(partial)
+        # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
+        replaced = folder / f"{tag}{REPLACED}"
+        remove(replaced)
+        if os.path.lexists(folder / tag):
+            (folder / tag).rename(replaced)
+        if not os.path.lexists(folder / LATEST):
+            # The first one is named before it is in its place, so that none ever lies there that nothing names.
+            write_latest(folder, tag)
+        partial.rename(folder / tag)
+        write_latest(folder, tag)
+        remove(replaced)
+
+    def written(action: Callable[[], None]) -> Callable[[], None]:
+        def attempt() -> None:
+            try:
+                action()
+            except OSError as error:
+                raise RefusedError(why_not_written(error, error.filename or partial, folder)) from None
+
+        return attempt
+
+    on_first_rank(written(make_room))
     state = {"noflush": dataclasses.asdict(position)}
     if settings.save_rng:
         state["random_state"] = random_state()
-    engine.save_checkpoint(settings.save, tag=partial, client_state=state, save_latest=False)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_model(folder / partial, model)
-        write_tokens(folder / partial, tokens)
-        # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
-        replaced = folder / f"{tag}{REPLACED}"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if (folder / tag).exists():
-            (folder / tag).rename(replaced)
-        (folder / partial).rename(folder / tag)
-        write_latest(folder, tag)
-        shutil.rmtree(replaced, ignore_errors=True)
-    # Nobody goes on to overwrite or to end before it is named.
-    dist.barrier()
+    with Writing(engine) as writing:
+        engine.save_checkpoint(settings.save, tag=partial.name, client_state=state, save_latest=False)
+    failed = None
+    if writing.error is not None:
+        failed = why_not_written(writing.error, writing.path or partial, folder)
+    try:
+        agree(failed)
+        on_first_rank(written(put_in_place))
+    except RefusedError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def load(engine: Any, settings: Checkpoints) -> Position | None:
-    """Loads the checkpoint that ``settings`` name; None if there is none, and training starts anew."""
-    tag = settings.load and (settings.tag or newest_complete(settings.load))
-    if not tag:
+def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None:
+    """Loads checkpoint ``tag``, of which `open_folders` approved; None without one, and training starts anew.
+
+    Raises RefusedError if DeepSpeed cannot load it into this engine.
+    """
+    if tag is None:
         return None
+    name = f"--load {settings.load}: checkpoint {tag}"
     try:
         _, state = engine.load_checkpoint(
             settings.load,
@@ -65,22 +152,32 @@ def load(engine: Any, settings: Checkpoints) -> Position | None:
             load_lr_scheduler_states=settings.load_optimizer,
             load_module_only=settings.finetune,
         )
-    except AssertionError as error:
-        if "OptimizerParamScheduler" not in str(error):
+    except (AssertionError, RuntimeError, LookupError, ValueError, OSError) as error:
+        if is_about_peers(error):
             raise
-        raise ValueError(
-            f"--load {settings.load}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
-            "--override-opt_param-scheduler to go on with the arguments', or --use-checkpoint-opt_param-scheduler with "
-            "the checkpoint's"
-        ) from None
+        if "OptimizerParamScheduler" in str(error):
+            raise RefusedError(
+                f"{name}: {error}; the learning-rate schedule is another than the checkpoint's. Give "
+                "--override-opt_param-scheduler to go on with the arguments', or "
+                "--use-checkpoint-opt_param-scheduler with the checkpoint's"
+            ) from None
+        reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
+        raise RefusedError(
+            f"{name} does not fit this run ({reason}); train as it was trained, name another by --ckpt-step, or take "
+            "its weights alone by --finetune or --no-load-optim"
+        ) from error
     if state is None:
-        raise FileNotFoundError(
-            f"--load {settings.load}: checkpoint {tag} is incomplete; name another with --ckpt-step"
-        )
+        raise RefusedError(f"{name} is incomplete; name another with --ckpt-step")
     if settings.load_rng and "random_state" in state:
         restore(state["random_state"])
-    found = Position() if settings.finetune else Position(**state["noflush"])
-    return found
+    if settings.finetune:
+        return Position()
+    if "noflush" not in state:
+        raise RefusedError(
+            f"{name} does not say which samples were trained on: it was not saved by pretrain_gpt.py; take its weights "
+            "alone by --finetune"
+        )
+    return Position(**state["noflush"])
 
 
 def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]:

@@ -15,8 +15,10 @@ from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.data.batches import MicroBatch, micro_batches
 from noflush.launch.data.order import SampleOrder
+from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
+from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.progress import (
     Interval,
     Position,
@@ -45,6 +47,7 @@ class Training:
         position: where to go on.
         parameters: of the whole model.
         signals: that tell it to stop.
+        lock: of the folder of checkpoints, on rank 0.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class Training:
         position: Position,
         parameters: int,
         signals: Signals,
+        lock: FolderLock | None = None,
     ) -> None:
         self.settings = settings
         self.engine = engine
         self.position = position
+        self.lock = lock
         self._train, self._valid, self._test = datasets
         self._parameters = parameters
         self._logs = dist.get_rank() == dist.get_world_size() - 1  # of the last stage, as Megatron's
@@ -133,7 +138,8 @@ class Training:
         if self.settings.checkpoints.save and self.position.iteration != self._saved_at:
             begin = time.perf_counter()
             settings = self.settings
-            checkpoints.save(self.engine, settings.checkpoints, settings.model, settings.tokens, self.position)
+            folders, model, tokens = settings.checkpoints, settings.model, settings.tokens
+            checkpoints.save(self.engine, folders, model, tokens, self.position, self.lock)
             self._saved_at = self.position.iteration
             if dist.get_rank() == 0:
                 where = f"{self.settings.checkpoints.save}/{checkpoints.tag_of(self.position.iteration)}"
@@ -219,7 +225,7 @@ def _scale(engine: Any) -> float:
 def _start_within(samples: int, start: int, needed: int) -> int:
     """``start``, or where ``needed`` samples are left if ``samples`` end before (after a longer --eval-interval)."""
     if needed > samples:
-        raise ValueError(
+        raise RefusedError(
             f"an evaluation of --eval-iters global batches needs {needed} samples, and there are {samples}: lower "
             "--eval-iters, or give more validation data"
         )

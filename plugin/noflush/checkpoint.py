@@ -1,32 +1,106 @@
-"""The file that names a folder's newest complete checkpoint."""
+"""A folder of checkpoints: which of them are there, and the file that names the newest complete one."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 LATEST = "latest"
+PARTIAL = ".partial"
+"""Behind the name of what is still being written."""
 REPLACED = ".replaced"
 """Behind the tag of a checkpoint that is making room for a new one of its name."""
 
 
-def write_latest(folder: str | Path, tag: str) -> None:
-    """Has ``folder``'s ``latest`` name ``tag``: all at once, and on the disk when this returns."""
-    path = Path(folder) / LATEST
-    scratch = path.with_suffix(".partial")
-    with scratch.open("w") as stream:
-        stream.write(tag)
+class CheckpointError(ValueError):
+    """A folder of checkpoints that cannot be gone on from as it is; the message names folder, rule and fix."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Puts ``text`` at ``path``: all at once, on the disk when this returns, and never through a symbolic link."""
+    scratch = path.with_name(path.name + PARTIAL)
+    remove(scratch)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(scratch, path)
 
 
+def remove(path: Path) -> None:
+    """Removes what is at ``path``, if anything: a folder with all in it, of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_latest(folder: str | Path, tag: str) -> None:
+    """Has ``folder``'s ``latest`` name ``tag``: all at once, and on the disk when this returns."""
+    write_whole(Path(folder) / LATEST, tag)
+
+
+def checkpoints_in(folder: str | Path) -> list[str]:
+    """Tags of the checkpoints in ``folder``, whole or not, in the order of their numbers; none being written."""
+    path = Path(folder)
+    if not path.is_dir():
+        return []
+    found = [
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() and not entry.name.endswith(PARTIAL) and next(entry.glob("*_states.pt"), None)
+    ]
+    return sorted(found, key=lambda tag: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", tag)])
+
+
 def newest_complete(folder: str | Path) -> str | None:
-    """The tag of the newest complete checkpoint in ``folder``; None if it holds none."""
+    """The tag of the newest complete checkpoint in ``folder``; None if it holds none at all.
+
+    Raises CheckpointError if ``latest`` does not say which of those there are: to begin anew would write over them.
+    """
     path = Path(folder) / LATEST
-    if not path.is_file():
+    if not os.path.lexists(path):
+        there = checkpoints_in(folder)
+        if there:
+            raise CheckpointError(f"{path} is missing, {_fix(folder, there)}")
         return None
-    tag = path.read_text().strip()
-    if not (path.parent / tag).exists() and (path.parent / f"{tag}{REPLACED}").exists():
-        return f"{tag}{REPLACED}"
-    return tag
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file that can be read"
+        raise CheckpointError(f"{path} is {kind}, {_fix(folder, checkpoints_in(folder))}")
+    try:
+        tag = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}), {_fix(folder, checkpoints_in(folder))}") from None
+    if not tag:
+        raise CheckpointError(f"{path} is empty, {_fix(folder, checkpoints_in(folder))}")
+    if not is_tag(tag):
+        raise CheckpointError(
+            f"{path} holds {tag[:80]!r}, which is no folder's name, {_fix(folder, checkpoints_in(folder))}"
+        )
+    # It may have been about to be put in its place when the run ended; or the one that it replaces is still aside.
+    for name in (tag, f"{tag}{REPLACED}", f"{tag}{PARTIAL}"):
+        if (path.parent / name).is_dir():
+            return name
+    raise CheckpointError(f"{path} names {tag}, which is missing, {_fix(folder, checkpoints_in(folder))}")
+
+
+def is_tag(word: str) -> bool:
+    """Whether ``word`` is the plain name of a folder, and leads nowhere else."""
+    return word.isprintable() and word not in (".", "..") and not {"/", os.sep} & set(word)
+
+
+def listed(tags: list[str]) -> str:
+    """``tags`` for a message: the last few of many."""
+    return ", ".join(tags) if len(tags) <= 4 else f"{len(tags)} checkpoints up to {', '.join(tags[-3:])}"
+
+
+def _fix(folder: str | Path, there: list[str]) -> str:
+    if not there:
+        return f"and {folder} holds no checkpoint: remove {LATEST} to begin anew, or give another folder"
+    return (
+        f"and {folder} holds {listed(there)}: name the one to go on from in {Path(folder) / LATEST}, or give another "
+        "folder to begin anew"
+    )

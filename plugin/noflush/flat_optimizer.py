@@ -8,8 +8,9 @@ rules through `set_stage`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, overload
 
 import torch
@@ -47,6 +48,25 @@ class _FlatState:
     clock: Tensor
 
 
+STAGE_MOMENTUM = 0.99
+"""What Eq 13's momentum rises towards, the more stages follow."""
+
+
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
+"""State that is zero before the first update."""
+
+
+@cache
+def mu_product(hyper: Hyper, steps: int) -> Tensor:
+    """NAdam's mu_1 mu_2 ... of so many updates, multiplied one by one as these do: 0-dim float32."""
+    product = torch.ones(())
+    for step in range(1, steps + 1):
+        product *= momentum(hyper, float(step))
+        if not product:  # it underflows within some thousand
+            break
+    return product
+
+
 class DelayAwareOptimizer(Optimizer):
     """What the rules share: flat steps, the stage they serve, and Eq 13's two discounts."""
 
@@ -65,6 +85,9 @@ class DelayAwareOptimizer(Optimizer):
 
     def forget_weights(self) -> None:
         """Tells the rule that the weights are about to be replaced, by a checkpoint say."""
+        for flat in self._flat:
+            # Hosts copy into it what a checkpoint has, and leave it as it is where that has none.
+            flat.clock[1] = 1.0
 
     # ---- parameter by parameter --------------------------------------------------------------------------
 
@@ -97,7 +120,8 @@ class DelayAwareOptimizer(Optimizer):
             state.update(zip(self.STATE, self._new_state(p, dtype), strict=True))
         state["step"] += 1
         step = state["step"].item()
-        state["mu_product"] = state.get("mu_product", torch.ones(())) * momentum(hyper, step)
+        before = state["mu_product"] if "mu_product" in state else mu_product(hyper, int(step) - 1)
+        state["mu_product"] = before * momentum(hyper, step)
         c = COEFFICIENTS[self.RULE](hyper, step, state["mu_product"].item(), 1.0)
         tensors = tuple(state[name] for name in self.STATE)
         ARITHMETIC[self.RULE](p.grad, p, p, tensors, c, False, False, int(step))
@@ -137,18 +161,37 @@ class DelayAwareOptimizer(Optimizer):
     def adopt_state(self) -> None:
         """Moves what `state` holds into the flat tensors, and makes `state` views of them.
 
-        For after `state` or the parameters were replaced: state that is missing starts from the parameters as they are.
+        For after `state` or the parameters were replaced: without any, it starts from the parameters as they are. The
+        product of NAdam's mu, which no other optimizer has and tools that rewrite checkpoints drop, is worked out.
+
+        Raises ValueError if some of a parameter's state is there and the rest is not.
         """
         for flat in self._flat:
+            hyper = self._hyper(self.param_groups[flat.where.group])
             for p, offset in zip(flat.where.params, flat.where.offsets, strict=True):
                 views = [t[offset : offset + p.numel()].view(p.shape) for t in flat.tensors]
                 state = self.state[p]
+                self._check_whole(state)
                 for view, name, fresh in zip(views, self.STATE, self._new_state(p, None), strict=True):
                     view.copy_(state.get(name, fresh))
                 flat.clock[0] = state.get("step", 0.0)
                 flat.clock[1] = state.get("mu_product", 1.0)
+                if flat.clock[0] and flat.clock[1] == 1.0:  # every mu is below one
+                    flat.clock[1] = mu_product(hyper, int(flat.clock[0]))
                 self.state[p] = {"step": flat.clock[0], "mu_product": flat.clock[1]}
                 self.state[p].update(zip(self.STATE, views, strict=True))
+
+    def _check_whole(self, state: Mapping[str, Any]) -> None:
+        missing = sorted({"step", *self.STATE} - state.keys())
+        if "step" in state and not state["step"] and any(state[k].any() for k in _MOMENTS & state.keys()):
+            missing.append("a step above 0")
+        if state and missing:
+            raise ValueError(
+                f"the optimizer's state has {', '.join(sorted(state))} and lacks {', '.join(missing)}, which "
+                f"{type(self).__name__} cannot go on without: it is another optimizer's, or a tool that rewrote the "
+                "checkpoint has dropped it. Load the checkpoint that was saved, or its weights alone "
+                "(load_module_only=True)"
+            )
 
     @torch.no_grad()
     def step_flat(
@@ -218,7 +261,7 @@ class DelayAwareOptimizer(Optimizer):
         return torch.bfloat16 if group.get("moments") == "bf16" else None
 
     def _stage_momentum(self, group: dict[str, Any], base: float) -> float:
-        """Eq 13: gamma_i = 0.9 + 0.09 (P - i) / P for 1-indexed stage i, in place of ``base`` if asked for."""
+        """Eq 13: gamma_i = base + (P - i) / P (0.99 - base) for 1-indexed stage i (base 0.9 there), if asked for."""
         if not group["stage_momentum"]:
             return base
-        return 0.9 + 0.09 * (self.stages - 1 - self.stage) / self.stages
+        return base + (self.stages - 1 - self.stage) / self.stages * (STAGE_MOMENTUM - base)

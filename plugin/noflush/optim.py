@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from noflush.flat_optimizer import DelayAwareOptimizer
+from noflush.flat_optimizer import STAGE_MOMENTUM, DelayAwareOptimizer
 from noflush.kernels.scalars import Hyper
 
 
@@ -18,14 +19,41 @@ def _check(rules: Iterable[tuple[str, Any, bool, str]]) -> None:
             raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
+def _within(value: Any, least: float = 0.0, below: float = math.inf) -> bool:
+    """Whether ``value`` is a number in [least, below); nan, infinities and text that looks like one are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below
+
+
+_NOT_NEGATIVE = "a finite number, 0 or more"
+
+
 def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, moments: str) -> None:
+    pair = isinstance(betas, (list, tuple)) and len(betas) == 2
     _check(
         [
-            ("lr", lr, lr >= 0, "0 or more"),
-            ("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
-            ("eps", eps, eps >= 0, "0 or more"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("lr", lr, _within(lr), _NOT_NEGATIVE),
+            ("betas", betas, pair and all(_within(b, below=1) for b in betas), "two numbers in [0, 1)"),
+            ("eps", eps, _within(eps), _NOT_NEGATIVE),
+            ("weight_decay", weight_decay, _within(weight_decay), _NOT_NEGATIVE),
             ("moments", moments, moments in ("fp32", "bf16"), "fp32 or bf16"),
+        ]
+    )
+
+
+def _check_discounts(name: str, momentum: float, stage_momentum: bool, lr_discount_steps: int) -> None:
+    rises = isinstance(stage_momentum, bool) and not (stage_momentum and momentum >= STAGE_MOMENTUM)
+    whole = isinstance(lr_discount_steps, int) and _within(lr_discount_steps)
+    _check(
+        [
+            ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
+            (
+                "stage_momentum",
+                stage_momentum,
+                rises,
+                f"left out, or {name} below {STAGE_MOMENTUM} (the paper's is 0.9): it raises {name}, which is "
+                f"{momentum!r}, towards {STAGE_MOMENTUM}",
+            ),
+            ("lr_discount_steps", lr_discount_steps, whole, "a whole number, 0 or more"),
         ]
     )
 
@@ -48,9 +76,10 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
         momentum_decay: psi of ``mu_t = beta1 (1 - 0.96^(t psi) / 2)``; >= 0. Runs of a few thousand steps never
             leave the warm-up of mu with the default.
         momentum_schedule: ``"nadam"`` as above, or ``"constant"``: mu_t = beta1 from the first step on.
-        stage_momentum: Eq 13's momentum by stage, 0.9 to 0.99, in place of beta1. Meant for weights ``latest``.
-        lr_discount_steps: Eq 13's learning-rate discount ``lr / delay^rho`` with rho falling from 1 to 0 over so
-            many updates; 0 for none. Meant for weights ``latest``.
+        stage_momentum: Eq 13's momentum by stage: beta1 (0.9 in the paper) at the last one, the nearer to 0.99 the more
+            stages follow. Meant for weights ``latest``.
+        lr_discount_steps: Eq 13's learning-rate discount ``lr / delay^rho`` with rho = 1 - t / C at update t (from 1)
+            of these C; 0 for none. Meant for weights ``latest``.
         moments: ``"fp32"``, or ``"bf16"``: both moments in bfloat16, rounded stochastically; 4 bytes a parameter less.
 
     Raises:
@@ -77,12 +106,11 @@ class DelayAwareNAdamW(DelayAwareOptimizer):
         schedules = ("nadam", "constant")
         _check(
             [
-                ("momentum_decay", momentum_decay, momentum_decay >= 0, "0 or more"),
+                ("momentum_decay", momentum_decay, _within(momentum_decay), _NOT_NEGATIVE),
                 ("momentum_schedule", momentum_schedule, momentum_schedule in schedules, "nadam or constant"),
-                ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
-                ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]
         )
+        _check_discounts("betas[0]", betas[0], stage_momentum, lr_discount_steps)
         super().__init__(
             params,
             {
@@ -169,7 +197,7 @@ class DelayAwareNAG(DelayAwareOptimizer):
         momentum: gamma in [0, 1); 0.99 is the paper's regime.
         weight_decay: decoupled, >= 0.
         momentum_schedule: ``"constant"``, or ``"theorem"``: gamma_t = max(0, (t - 2) / t), as in Theorem 1.
-        stage_momentum: Eq 13's momentum by stage in place of ``momentum``.
+        stage_momentum: Eq 13's momentum by stage, from ``momentum`` (0.9 in the paper) at the last one towards 0.99.
         lr_discount_steps: as in `DelayAwareNAdamW`.
 
     Raises:
@@ -192,14 +220,13 @@ class DelayAwareNAG(DelayAwareOptimizer):
         schedules = ("constant", "theorem")
         _check(
             [
-                ("lr", lr, lr >= 0, "0 or more"),
-                ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
-                ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+                ("lr", lr, _within(lr), _NOT_NEGATIVE),
+                ("momentum", momentum, _within(momentum, below=1), "in [0, 1)"),
+                ("weight_decay", weight_decay, _within(weight_decay), _NOT_NEGATIVE),
                 ("momentum_schedule", momentum_schedule, momentum_schedule in schedules, "constant or theorem"),
-                ("stage_momentum", stage_momentum, isinstance(stage_momentum, bool), "true or false"),
-                ("lr_discount_steps", lr_discount_steps, lr_discount_steps >= 0, "0 or more"),
             ]
         )
+        _check_discounts("momentum", momentum, stage_momentum, lr_discount_steps)
         super().__init__(
             params,
             {
@@ -214,6 +241,7 @@ class DelayAwareNAG(DelayAwareOptimizer):
 
     def forget_weights(self) -> None:
         """The drift from the old weights to the new ones is no momentum: starts from the new ones."""
+        super().forget_weights()
         self.state.clear()
 
     def _new_state(self, p: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, ...]:

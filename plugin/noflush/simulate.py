@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.schedule import Schedule
@@ -118,6 +119,9 @@ class DelaySimulator:
         precision: dtypes of weights and gradients.
         replicas: data-parallel replicas.
         loss_scale: ``loss_scale(batch)`` multiplies that batch's loss, and its updates divide by it.
+        recompute: layers of a stage (children of its ``nn.Sequential``) that backward computes anew together, as
+            DeepSpeed's ``activation_checkpoint_interval``; 0 keeps activations. It changes numbers under ``latest``
+            alone, whose backward then sees live weights throughout, not live weights and old activations.
 
     A stage whose gradients are not finite skips that update, and counts it in ``skipped``.
 
@@ -136,6 +140,7 @@ class DelaySimulator:
         precision: Precision = Precision(),
         replicas: int = 1,
         loss_scale: Callable[[int], float] = lambda batch: 1.0,
+        recompute: int = 0,
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
@@ -145,6 +150,7 @@ class DelaySimulator:
         self._loss_fn = loss_fn
         self._clip = clip
         self._loss_scale = loss_scale
+        self._recompute = recompute
         self._segment = 0
         self._stages: list[_Stage] = []
         for s, module in enumerate(stages):
@@ -178,7 +184,7 @@ class DelaySimulator:
             weights = stage.weights(version)
             frozen = _as_tuple(payload)
             received = tuple(t.detach().requires_grad_(t.requires_grad) for t in frozen)
-            outputs = functional_call(stage.module, weights, (received if isinstance(payload, tuple) else received[0],))
+            outputs = self._forward(stage.module, weights, received if isinstance(payload, tuple) else received[0])
             graphs.append((weights, received, outputs))
             payload = outputs
         loss = self._loss_fn(payload, labels)
@@ -199,6 +205,17 @@ class DelaySimulator:
                 for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
         return loss.detach()
+
+    def _forward(self, module: nn.Module, weights: dict[str, Tensor], payload: Payload) -> Payload:
+        if not self._recompute:
+            outputs: Payload = functional_call(module, weights, (payload,))
+            return outputs
+        assert isinstance(module, nn.Sequential), type(module)
+        for first in range(0, len(module), self._recompute):
+            part = module[first : first + self._recompute]
+            of_part = {name: weight for name, weight in weights.items() if name.split(".")[0] in part._modules}
+            payload = checkpoint(functional_call, part, of_part, (payload,), use_reentrant=False)
+        return payload
 
     def _update(self) -> None:
         scale = self._loss_scale(self.micro_batches // self.schedule.gas - 1)

@@ -141,7 +141,7 @@ def _go_on(rank, argv):
     from noflush.launch.training import checkpoints
 
     settings, engine = _engine(argv, 2)
-    position = checkpoints.load(engine, settings.checkpoints)
+    position = checkpoints.load(engine, settings.checkpoints, "global_step0")
     assert position.iteration == 0
     held_out = float(engine.eval_batch(_batches(9), num_micro_batches=2))
     return held_out, float(engine.train_batch(data_iter=_batches(9)))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.multiproc
 
 DEMO_GPT = {"vocabulary": 256, "sequence": 128, "width": 128, "heads": 4, "depth": 4}
 NON_REENTRANT = {"pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 1}}
+WHOLE_STAGES = {"pipeline": {"use_reentrant": False, "activation_checkpoint_interval": 99}}
 REENTRANT = {"activation_checkpoint_interval": 1, "checkpointable_layers": ["Block"]}
 NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9, "weight_decay": 0.01}}
 WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 6}}}
@@ -52,7 +53,12 @@ def cases(stages):
             found[f"{weights} K={gas}"] = (gas, block, {}, {})
             found[f"{weights}, reentrant checkpointing K={gas}"] = (gas, block, {"build": REENTRANT}, {})
             found[f"{weights}, non-reentrant checkpointing K={gas}"] = (gas, block, {"more": NON_REENTRANT}, {})
-        found[f"latest K={gas}"] = (gas, {"weights": "latest"}, {}, {})
+        latest = {"weights": "latest"}
+        found[f"latest K={gas}"] = (gas, latest, {}, {})
+        recompute = {"recompute": 1}
+        found[f"latest, reentrant checkpointing K={gas}"] = (gas, latest, {"build": REENTRANT}, recompute)
+        found[f"latest, non-reentrant checkpointing K={gas}"] = (gas, latest, {"more": NON_REENTRANT}, recompute)
+    found["latest, whole stages recomputed"] = (1, {"weights": "latest"}, {"more": WHOLE_STAGES}, {"recompute": 99})
     found["2 more in flight K=1"] = (1, {"extra_in_flight": 2}, {}, {})
     found["3 more in flight K=2"] = (2, {"extra_in_flight": 3}, {}, {})
     found["AdamW (PipeDream) K=1"] = (1, {}, {"optimizer": t.ADAMW}, {"make_optimizer": t.adamw})
@@ -68,13 +74,16 @@ def cases(stages):
     return found
 
 
-EQ13 = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "stage_momentum": True, "lr_discount_steps": 8}}
+EQ13 = {
+    "type": "DelayAwareNAdamW",
+    "params": {"lr": 3e-3, "betas": [0.9, 0.999], "stage_momentum": True, "lr_discount_steps": 8},
+}
 
 
 def eq13(params):
     from noflush.optim import DelayAwareNAdamW
 
-    return DelayAwareNAdamW(params, lr=3e-3, stage_momentum=True, lr_discount_steps=8)
+    return DelayAwareNAdamW(params, lr=3e-3, betas=(0.9, 0.999), stage_momentum=True, lr_discount_steps=8)
 
 
 def nag(params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -211,15 +212,22 @@ def test_nag_without_momentum_is_sgd():
     assert all(torch.allclose(p, q, rtol=2e-6, atol=2e-6) for p, q in zip(ours, theirs, strict=True))
 
 
-def test_stage_momentum_is_equation_13():
-    """0.9 + 0.09 (P - i) / P with i = s + 1: 0.9 at the last stage."""
+@pytest.mark.parametrize(
+    ("rule", "settings", "expected"),
+    [
+        # The paper's 0.9 + 0.09 (P - i) / P with i = s + 1, and the authors' code for any other base.
+        (DelayAwareNAG, {"momentum": 0.9}, [0.9675, 0.945, 0.9225, 0.9]),
+        (DelayAwareNAdamW, {"betas": (0.9, 0.999)}, [0.9675, 0.945, 0.9225, 0.9]),
+        (DelayAwareNAdamW, {"betas": (0.5, 0.999)}, [0.8675, 0.745, 0.6225, 0.5]),
+    ],
+)
+def test_stage_momentum_is_equation_13(rule, settings, expected):
     got = []
     for stage in range(4):
-        p = Parameter(torch.ones(1))
-        optimizer = DelayAwareNAG([p], stage_momentum=True)
+        optimizer = rule([Parameter(torch.ones(1))], stage_momentum=True, **settings)
         optimizer.set_stage(stage, 4, delay=3 - stage)
         got.append(optimizer._hyper(optimizer.param_groups[0]).beta1)
-    assert got == pytest.approx([0.9675, 0.945, 0.9225, 0.9])
+    assert got == pytest.approx(expected)
 
 
 def test_learning_rate_discount_is_equation_13():
@@ -232,7 +240,8 @@ def test_learning_rate_discount_is_equation_13():
         before = p.item()
         optimizer.step()
         moves.append(before - p.item())
-    assert moves == pytest.approx([4**-1, 4**-0.75, 4**-0.5, 4**-0.25, 1, 1], rel=1e-5)
+    # The authors' code counts updates from 1: the first has rho 3/4, the fourth 0.
+    assert moves == pytest.approx([4**-0.75, 4**-0.5, 4**-0.25, 1, 1, 1], rel=1e-5)
 
 
 def test_discount_leaves_a_stage_without_delay_alone():
@@ -247,7 +256,20 @@ def test_discount_leaves_a_stage_without_delay_alone():
 @pytest.mark.parametrize(
     ("rule", "wrong", "rule_said"),
     [
-        (DelayAwareNAdamW, {"lr": -1.0}, "lr is -1.0: it must be 0 or more"),
+        (DelayAwareNAdamW, {"lr": -1.0}, "lr is -1.0: it must be a finite number, 0 or more"),
+        (DelayAwareNAdamW, {"lr": math.nan}, "lr is nan: it must be a finite number"),
+        (PipeDreamAdamW, {"lr": math.inf}, "lr is inf: it must be a finite number"),
+        (PipeDreamAdamW, {"lr": "3e-4"}, "lr is '3e-4': it must be a finite number"),
+        (DelayAwareNAG, {"lr": True}, "lr is True: it must be a finite number"),
+        (DelayAwareNAdamW, {"betas": 0.9}, "betas is 0.9: it must be two numbers in"),
+        (PipeDreamAdamW, {"betas": (0.9, math.nan)}, r"betas is \(0.9, nan\): it must be two numbers in"),
+        (PipeDreamAdamW, {"eps": math.inf}, "eps is inf"),
+        (DelayAwareNAdamW, {"weight_decay": math.nan}, "weight_decay is nan"),
+        (DelayAwareNAdamW, {"momentum_decay": math.inf}, "momentum_decay is inf"),
+        (DelayAwareNAdamW, {"lr_discount_steps": 1.5}, "lr_discount_steps is 1.5: it must be a whole number"),
+        (DelayAwareNAG, {"lr_discount_steps": math.inf}, "lr_discount_steps is inf: it must be a whole number"),
+        (DelayAwareNAdamW, {"stage_momentum": True}, r"betas\[0\] below 0.99 .* raises betas\[0\], which is 0.99"),
+        (DelayAwareNAG, {"stage_momentum": True}, "momentum below 0.99"),
         (DelayAwareNAdamW, {"betas": (1.0, 0.9)}, r"betas is \(1.0, 0.9\): it must be two numbers in"),
         (DelayAwareNAdamW, {"momentum_schedule": "fast"}, "nadam or constant"),
         (DelayAwareNAG, {"momentum": 1.0}, "momentum is 1.0"),

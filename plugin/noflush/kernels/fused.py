@@ -111,7 +111,7 @@ def prepare(
     mu = _momentum(beta1, fixed, momentum_decay, step)
     product_f32 = product_before * mu.to(tl.float32)  # kept in float32, as torch.optim.NAdam keeps it
     product = product_f32.to(tl.float64)
-    rho = 1.0 - tl.minimum((step - 1.0) / tl.where(discount_steps > 0, discount_steps, 1.0), 1.0)
+    rho = 1.0 - tl.minimum(step / tl.where(discount_steps > 0, discount_steps, 1.0), 1.0)
     slows = (discount_steps > 0) & (delay > 1)
     lr = tl.where(slows, lr / _power(tl.where(delay > 1, delay, 1.0), rho), lr)
 

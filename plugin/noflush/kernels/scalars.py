@@ -66,10 +66,13 @@ class Hyper:
 
 
 def learning_rate(h: Hyper, step: float) -> float:
-    """Eq 13 of arXiv 2505.01099: lr / max(1, delay)^rho at update ``step`` (from 1)."""
+    """Eq 13 of arXiv 2505.01099: lr / max(1, delay)^rho at update ``step`` (from 1).
+
+    rho = 1 - step / C, as in the authors' released code: the first update has rho below 1 already, number C has 0.
+    """
     if not h.discount_steps or h.delay <= 1:
         return h.lr
-    rho = 1.0 - min((step - 1) / h.discount_steps, 1.0)
+    rho = 1.0 - min(step / h.discount_steps, 1.0)
     return h.lr / float(h.delay**rho)
 
 
