@@ -36,7 +36,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
 
     Raises ArgumentsError listing every fault, before any process group or weight.
     """
-    from noflush.launch.arguments.files import file_faults
+    from noflush.launch.arguments.files import file_faults, token_id_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer, padded_vocabulary
     from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
@@ -60,6 +60,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
                     f"--padded-vocab-size {rows} for a tokenizer with {tokenizer.vocab_size} token ids: it must be "
                     "that or more; leave it out to have it worked out"
                 )
+            faults += token_id_faults(settings.data, tokenizer.vocab_size)
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocabulary=rows))
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     faults += [] if faults else load_part_faults(settings)

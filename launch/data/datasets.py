@@ -5,12 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import get_blend_from_list
 
 from noflush.launch.arguments.settings import Settings
+from noflush.launch.data.token_ids import fault, first_outside
 from noflush.launch.data.tokenizer import Tokenizer
+from noflush.launch.refusal import RefusedError
+
+
+class CheckedDataset(IndexedDataset):  # type: ignore[misc]
+    """Documents of a pair, whose token ids are looked at as they are read.
+
+    An id without an embedding is an IndexError on a CPU and an assertion of the device on a GPU; and megatron-core
+    takes -1 for padding.
+
+    Args:
+        prefix: of the pair.
+        vocabulary: token ids there are.
+        mmap: whether to map the .bin.
+    """
+
+    def __init__(self, prefix: str, vocabulary: int, mmap: bool) -> None:
+        super().__init__(prefix, mmap=mmap)
+        self._vocabulary = vocabulary
+
+    def get(self, idx: int, offset: int = 0, length: int | None = None) -> Any:
+        """Token ids of a document from ``offset`` on. Raises RefusedError for one outside the vocabulary."""
+        ids = super().get(idx, offset, length)
+        at = first_outside(ids, self._vocabulary)
+        if at is not None:
+            raise RefusedError(fault(self.path_prefix, int(idx), offset + at, int(ids[at]), self._vocabulary))
+        return ids
+
+
+class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
+    """megatron-core's, over checked documents; its name, by which cached indices are found, is the same."""
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: GPTDatasetConfig) -> CheckedDataset:
+        """The documents of ``dataset_path``."""
+        return CheckedDataset(dataset_path, config.tokenizer.vocab_size, config.mmap_bin_files)
 
 
 def samples_needed(settings: Settings) -> tuple[int, int, int]:
