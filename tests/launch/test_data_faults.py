@@ -140,8 +140,8 @@ def test_the_first_id_outside(kind):
 
 def run_settings(prefix, folder, more=""):
     argv = SMALL.replace("--mock-data", f"--data-path {prefix}").replace("--vocab-size 63", "--vocab-size 9").split()
-    argv += f"--data-cache-path {folder}/cache --tokenizer-type NullTokenizer --global-batch-size 2 --split 1,0,0 {more}".split()
-    return argv
+    argv += f"--data-cache-path {folder}/cache --tokenizer-type NullTokenizer --split 1,0,0 {more}".split()
+    return [*argv, "--global-batch-size", "2"]
 
 
 def test_another_tokenizers_data_is_refused_before_anything_starts(tmp_path):
