@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from noflush.launch.arguments.settings import Data, Settings
+from noflush.launch.data.cache import cache_faults
 from noflush.launch.data.index import part_faults, prefix_faults
 from noflush.launch.data.token_ids import vocabulary_faults
 
@@ -39,9 +40,10 @@ def file_faults(settings: Settings) -> list[str]:
     for option, path in (("--vocab-file", tokens.vocab_file), ("--merge-file", tokens.merge_file)):
         if path is not None and not Path(path).is_file():
             faults.append(f"{option} {path} is no file")
-    prefixes = _all_prefixes(data, faults)
+    prefixes = all_prefixes(data, faults)
     for prefix in prefixes:
         faults += prefix_faults(prefix)
+    faults += cache_faults(data.cache, prefixes)
     if data.split is not None and not _is_split(data.split):
         faults.append(f"--split {data.split}: give three parts such as 969,30,1, of which some is more than 0")
     elif data.split is not None and not faults:
@@ -55,12 +57,13 @@ def file_faults(settings: Settings) -> list[str]:
 
 def token_id_faults(data: Data, vocabulary: int) -> list[str]:
     """Data that another tokenizer made than the run's, whose ``vocabulary`` is this large; files without faults."""
-    return [fault for prefix in _all_prefixes(data, []) for fault in vocabulary_faults(prefix, vocabulary)]
+    return [fault for prefix in all_prefixes(data) for fault in vocabulary_faults(prefix, vocabulary)]
 
 
-def _all_prefixes(data: Data, faults: list[str]) -> list[str]:
-    """Every prefix once."""
-    return list(dict.fromkeys(p for blend in (data.blend, *(data.splits or ())) for p in _prefixes(blend, faults)))
+def all_prefixes(data: Data, faults: list[str] | None = None) -> list[str]:
+    """Every prefix once; what is wrong with their weights goes into ``faults``."""
+    found = [] if faults is None else faults
+    return list(dict.fromkeys(p for blend in (data.blend, *(data.splits or ())) for p in _prefixes(blend, found)))
 
 
 def _prefixes(blend: Sequence[str] | None, faults: list[str]) -> list[str]:

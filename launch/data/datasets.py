@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,9 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import get_blend_from_list
 
+from noflush.launch.arguments.files import all_prefixes
 from noflush.launch.arguments.settings import Settings
+from noflush.launch.data.index import read_index
 from noflush.launch.data.token_ids import fault, first_outside
 from noflush.launch.data.tokenizer import Tokenizer
 from noflush.launch.refusal import RefusedError
@@ -58,12 +62,21 @@ def samples_needed(settings: Settings) -> tuple[int, int, int]:
     return steps.samples, evaluations * steps.eval_iterations * size, steps.eval_iterations * size
 
 
+def _of_data(tokenizer: Tokenizer, prefixes: Sequence[str]) -> Tokenizer:
+    """``tokenizer``, by which cached indices are named, with the data: other data of the same name has others."""
+    named = copy.copy(tokenizer)
+    named.unique_identifiers = OrderedDict(tokenizer.unique_identifiers)
+    named.unique_identifiers["data"] = {prefix: read_index(prefix).identity() for prefix in prefixes}
+    return named
+
+
 def build_datasets(settings: Settings, tokenizer: Tokenizer, reads: bool) -> Sequence[Any]:
     """(training, validation, test) datasets, each None on ranks that do not read, or where there is no such data.
 
     Collective: rank 0 builds the cached indices, the others wait for them.
     """
     data = settings.data
+    prefixes = all_prefixes(data)
 
     def blend(prefixes: tuple[str, ...] | None) -> Any:
         return get_blend_from_list(list(prefixes)) if prefixes else None
@@ -76,7 +89,7 @@ def build_datasets(settings: Settings, tokenizer: Tokenizer, reads: bool) -> Seq
         split=data.split if data.blend else None,
         path_to_cache=data.cache,
         mmap_bin_files=data.mmap,
-        tokenizer=tokenizer,
+        tokenizer=_of_data(tokenizer, prefixes),
         reset_position_ids=data.reset_positions,
         reset_attention_mask=data.reset_mask,
         eod_mask_loss=data.mask_eod,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ class Index:
         for first in range(0, len(self.lengths), _PIECE):
             piece = slice(first, first + _PIECE)
             yield first, self.lengths[piece].astype(np.int64), self.pointers[piece].astype(np.int64)
+
+    def identity(self) -> str:
+        """Changes with the number of documents and with the length of any of them."""
+        check = 0
+        for first in range(0, len(self.lengths), _PIECE):
+            check = zlib.crc32(self.lengths[first : first + _PIECE].tobytes(), check)
+        return f"{len(self.lengths)} documents, {check:08x}"
 
     def tokens(self, begin: int, end: int) -> int:
         """Tokens of the documents from ``begin`` to ``end``."""

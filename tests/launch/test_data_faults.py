@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import pickle
 import re
 import struct
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.understand import understand
 from noflush.launch.data.batches import MicroBatches, SampleError
 from noflush.launch.data.datasets import CheckedDataset, build_datasets
@@ -187,17 +189,61 @@ def test_samples_of_right_data_are_megatrons_own(tmp_path):
     documents = [draw.integers(0, 10, draw.integers(0, 30)).tolist() for _ in range(60)]
     _, train = dataset_of(documents, tmp_path)
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
-    assert any("-GPTDataset-train-" in name for name in files), files
     assert isinstance(train.dataset, CheckedDataset)
     theirs = GPTDataset(
         GPTDataset.build_low_level_dataset(train.dataset_path, train.config), train.dataset_path, train.indices,
         train.num_samples, train.index_split, train.config,
     )  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == files, "a cache from before goes on"
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == files, "they share what is cached"
     assert len(theirs) == len(train)
     for ours, other in zip((train[i] for i in range(20)), (theirs[i] for i in range(20)), strict=True):
         assert ours.keys() == other.keys()
         assert all(torch.equal(ours[key], other[key]) for key in ours)
+
+
+def test_other_data_of_the_same_name_is_not_read_by_the_indices_of_before(tmp_path):
+    short, long = [[1, 2, 3]] * 30, [[4] * 8] * 30
+    for documents in (short + long, long + short):  # as many documents, and as many tokens
+        _, train = dataset_of(documents, tmp_path)
+        text = [token for index in range(len(train)) for token in train[index]["tokens"].tolist()]
+        assert len(train) >= 50
+        # Documents are shuffled, not cut anew: 1, 2, 3 come in this order, unless a sample begins or ends there.
+        for index in range(len(train)):
+            row = train[index]["tokens"].tolist()
+            for at, token in enumerate(row[:-1]):
+                assert (token, row[at + 1]) in {(1, 2), (2, 3), (3, 1), (3, 4), (4, 4), (4, 1)}, row
+        assert {1, 2, 3, 4} == set(text)
+
+
+def cached(tmp_path, content):
+    prefix, _ = dataset_of([[1, 2, 3]] * 60, tmp_path)
+    path = sorted((tmp_path / "cache").glob("*-shuffle_index.npy"))[0]
+    path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(ArgumentsError) as error:
+        settings_of(run_settings(prefix, tmp_path), 1)
+    (fault,) = error.value.faults
+    assert fault.startswith(f"cached index {path}: ")
+    return fault
+
+
+class Planted:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("planted",))
+
+
+def test_code_in_a_cached_index_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no array of numpy's, and megatron-core would run what" in cached(
+        tmp_path, lambda _: pickle.dumps(Planted())
+    )
+    assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.parametrize("size", [0, 5, 40, 130])
+def test_a_cached_index_that_is_cut_short(size, tmp_path):
+    assert "delete it, it is made again" in cached(tmp_path, lambda content: content[:size])
 
 
 class Numbers:
