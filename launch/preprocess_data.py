@@ -3,28 +3,23 @@
     python launch/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
         --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
 
-writes ``data/corpus_text_document.bin`` and ``.idx``.
+writes ``data/corpus_text_document.bin`` and ``.idx``, complete or not at all.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
+import contextlib
 import os
+import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from types import FrameType
 
 from noflush.launch.arguments.settings import Tokens
-from noflush.launch.data.tokenizer import TYPES, Tokenizer, make_tokenizer
+from noflush.launch.data.tokenizer import TYPES, make_tokenizer
 
-_tokenizer: Tokenizer | None = None
-_keys: tuple[str, ...] = ()
-_TEXT = ".txt"
-_AHEAD = 4096
-"""Documents read before those ahead of them are written: a pool alone would read a whole corpus into memory."""
+_MOST_WORKERS = 1024
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="JSON lines, a document a line; or files ending in .txt, a document a file",
+        help="JSON lines, a document a line; or files ending in .txt, a document a file; UTF-8 both",
     )
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="keys to take (default: text)")
     parser.add_argument("--output-prefix", required=True, help="where the pairs go, without _KEY_document.bin")
@@ -45,53 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge-file")
     parser.add_argument("--vocab-size", type=int, help="of the NullTokenizer")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes (default: all cores); with 1, this one alone"
+    )
     return parser
-
-
-def documents(paths: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[int, str | dict[str, str]]]:
-    """(bytes read, document) of every document: a text, or a JSON line's keys.
-
-    Raises ValueError naming file and line of what is no document.
-    """
-    for path in paths:
-        if path.endswith(_TEXT):
-            text = Path(path).read_text(errors="replace")
-            yield os.path.getsize(path), text
-            continue
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    found = json.loads(line)
-                    document = {key: found[key] for key in keys}
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: no JSON object with {', '.join(keys)} ({error})"
-                    ) from None
-                yield len(line), document
-
-
-def _bounded(
-    items: Iterator[tuple[int, str | dict[str, str]]], ahead: threading.Semaphore
-) -> Iterator[tuple[int, str | dict[str, str]]]:
-    for item in items:
-        ahead.acquire()
-        yield item
-
-
-def _start(tokens: Tokens, keys: tuple[str, ...]) -> None:
-    global _tokenizer, _keys
-    _tokenizer, _keys = make_tokenizer(tokens), keys
-
-
-def _encode(item: tuple[int, str | dict[str, str]]) -> tuple[int, list[list[int]]]:
-    """(bytes read, token ids by key) of a document."""
-    size, document = item
-    assert _tokenizer is not None
-    texts = [document] if isinstance(document, str) else [document[key] for key in _keys]
-    return size, [_tokenizer.tokenize(text) for text in texts]
 
 
 def preprocess(
@@ -99,50 +51,78 @@ def preprocess(
 ) -> dict[str, int]:
     """Writes a pair for every key; tokens by key.
 
-    The pairs appear under their names only when they are complete. Raises ValueError for input that is no text.
+    The pairs appear under their names only when they are complete. Raises ValueError for input that is no text, or
+    has other token ids than the tokenizer, naming file and line, and for a worker that was killed; OSError naming the
+    file that cannot be read or written.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    from torch import tensor
+    from noflush.launch.data.documents import documents, input_faults
 
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise ValueError(f"--workers {workers}: it must be 1 to {_MOST_WORKERS}")
+    faults = input_faults(paths, keys)
+    if faults:
+        raise ValueError("; ".join(faults))
     tokenizer = make_tokenizer(tokens)
-    missing = [path for path in paths if not Path(path).is_file()]
-    if missing:
-        raise ValueError(f"--input {' '.join(missing)}: no such file")
-    Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    names = [f"{prefix}_{key}_document" for key in keys]
-    builders = [
-        IndexedDatasetBuilder(f"{name}.bin.partial", dtype=DType.optimal_dtype(tokenizer.vocab_size)) for name in names
-    ]
-    counts = dict.fromkeys(keys, 0)
+
+    import numpy as np
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from noflush.launch.data.encoding import encode_all
+    from noflush.launch.data.pair_writer import PairWriter, output_faults
+
+    faults = output_faults(prefix, keys)
+    if faults:
+        raise ValueError("; ".join(faults))
+    eod = np.array([tokenizer.eod] if append_eod else [], dtype=np.int32)
+    counts = [0] * len(keys)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    context = multiprocessing.get_context("spawn")  # tokenizers keep threads, which a fork would lose
     with (
+        PairWriter(prefix, keys, tokenizer.vocab_size) as pairs,
+        contextlib.closing(encode_all(documents(paths, keys), tokens, tokenizer, workers)) as encoded,
         Progress(*columns, disable=not sys.stderr.isatty()) as progress,
-        context.Pool(workers, _start, (tokens, tuple(keys))) as pool,
     ):
         task = progress.add_task("tokenizing", total=sum(os.path.getsize(path) for path in paths))
-        ahead = threading.Semaphore(_AHEAD)
-        for size, encoded in pool.imap(_encode, _bounded(documents(paths, keys), ahead), chunksize=16):
-            ahead.release()
-            progress.advance(task, size)
-            for key, builder, ids in zip(keys, builders, encoded, strict=True):
-                if append_eod and ids:
-                    ids.append(tokenizer.eod)
-                if ids:
-                    builder.add_document(tensor(ids), [len(ids)])
-                    counts[key] += len(ids)
-    if not all(counts.values()):
-        raise ValueError(f"no token in {', '.join(paths)} under {', '.join(k for k, n in counts.items() if not n)}")
-    for name, builder in zip(names, builders, strict=True):
-        builder.finalize(f"{name}.idx.partial")
-        for ending in (".bin", ".idx"):
-            os.replace(f"{name}{ending}.partial", f"{name}{ending}")
-    return counts
+        for document in encoded:
+            progress.advance(task, document.size)
+            for number, ids in enumerate(document.ids):
+                if len(ids):
+                    pairs.add(number, np.concatenate([ids, eod]))
+                    counts[number] += len(ids) + len(eod)
+        if not all(counts):
+            empty = ", ".join(key for key, count in zip(keys, counts, strict=True) if not count)
+            raise ValueError(f"no token in {', '.join(paths)} under {empty}")
+        pairs.finish()
+    return dict(zip(keys, counts, strict=True))
+
+
+class Interrupted(BaseException):
+    """A signal asks for the end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """The first SIGINT, SIGTERM or SIGHUP raises `Interrupted`; while that cleans up, no other is heard."""
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        for other in heard:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, hear) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs; the exit status."""
+    """Runs; the exit status: 2 for what is wrong with the input or the disk, 128 and a signal's number for a signal."""
     args = make_parser().parse_args(argv)
     tokens = Tokens(
         type=args.tokenizer_type,
@@ -154,9 +134,15 @@ def main(argv: list[str] | None = None) -> int:
         trust_remote_code=False,
     )
     try:
-        counts = preprocess(
-            args.input, args.json_keys, args.output_prefix, tokens, args.append_eod, max(1, args.workers)
-        )
+        with interruptible():
+            counts = preprocess(args.input, args.json_keys, args.output_prefix, tokens, args.append_eod, args.workers)
+    except Interrupted as error:
+        print(f"preprocess_data: ended by {error}; nothing was written", file=sys.stderr)  # noqa: T201
+        return error.status
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"preprocess_data: {file}{error.strerror or error}; nothing was written", file=sys.stderr)  # noqa: T201
+        return 2
     except ValueError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -38,7 +38,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
 
     Raises ArgumentsError listing every fault, before any process group or weight.
     """
-    from noflush.launch.arguments.files import file_faults
+    from noflush.launch.arguments.files import file_faults, token_id_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
@@ -51,9 +51,12 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     faults += folder_faults(settings.checkpoints, trains=not settings.steps.skip_train)
     if not faults:
         try:
-            settings = with_vocabulary(settings, make_tokenizer(settings.tokens).vocab_size)
+            tokenizer = make_tokenizer(settings.tokens)
+            settings = with_vocabulary(settings, tokenizer.vocab_size)
         except ValueError as error:
             faults.append(str(error))
+        else:
+            faults += token_id_faults(settings.data, tokenizer.vocab_size)
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     faults += [] if faults else load_part_faults(settings)
     if faults:

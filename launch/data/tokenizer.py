@@ -45,6 +45,11 @@ class Tokenizer:
         decode: Callable[[list[int]], str],
     ) -> None:
         self.vocab_size = vocab_size + settings.extra_ids
+        if not 0 <= eod < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer's end-of-document token is {eod}, outside its vocabulary, 0 to {self.vocab_size - 1}: "
+                "use one that has such a token"
+            )
         self.eod = self.pad = eod
         self.unique_identifiers: OrderedDict[str, Any] = OrderedDict(
             type=settings.type, model=settings.model, vocab_file=settings.vocab_file, merge_file=settings.merge_file
@@ -148,14 +153,24 @@ def untrusted(error: Exception) -> str | None:
 def _null(settings: Tokens) -> Tokenizer:
     if settings.vocab_size is None:
         raise ValueError("--tokenizer-type NullTokenizer without --vocab-size: add it")
+    if settings.vocab_size < 1:
+        raise ValueError(f"--vocab-size {settings.vocab_size}: it must be 1 or more")
     # As Megatron's: numbers in, numbers out, and one id more for the end of a document.
     return Tokenizer(
         settings,
         settings.vocab_size + 1,
         settings.vocab_size,
-        lambda text: [int(word) for word in text.split()],
+        lambda text: [_number(word) for word in text.split()],
         lambda ids: " ".join(map(str, ids)),
     )
+
+
+def _number(word: str) -> int:
+    # int() takes more: 1_000, and the digits of other scripts. 19 digits are more than any vocabulary has.
+    digits = word.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+        raise ValueError(f"{word[:20]!r} is no token id; the NullTokenizer takes whole numbers with spaces between")
+    return int(word)
 
 
 def _sentencepiece(settings: Tokens) -> Tokenizer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.settings import Settings
-from noflush.launch.data.batches import MicroBatch, micro_batches
+from noflush.launch.data.batches import MicroBatches
 from noflush.launch.data.order import SampleOrder
 from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
@@ -74,9 +75,17 @@ class Training:
         self._spent = 0.0
         self._logged_at = position.consumed
         self._saved_at: int | None = position.iteration or None
+        self._streams = contextlib.ExitStack()
 
     def run(self) -> str | None:
-        """Trains to the end; returns why it stopped before, or None if it did not."""
+        """Trains to the end; returns why it stopped before, or None if it did not.
+
+        However it ends, no process is left that reads data.
+        """
+        with self._streams:
+            return self._run()
+
+    def _run(self) -> str | None:
         steps = self.settings.steps
         reason = None
         if not steps.skip_train:
@@ -118,7 +127,7 @@ class Training:
                 return None if self._done() else reason
         return None
 
-    def _stream(self, dataset: Any, consumed: int) -> Iterator[MicroBatch] | None:
+    def _stream(self, dataset: Any, consumed: int) -> MicroBatches | None:
         if dataset is None:
             return None
         settings, grid = self.settings, self.engine.grid
@@ -131,7 +140,7 @@ class Training:
             settings.data.order == "cyclic",
             settings.steps.seed,
         )
-        return micro_batches(dataset, order, settings.data.workers)
+        return self._streams.enter_context(contextlib.closing(MicroBatches(dataset, order, settings.data.workers)))
 
     def _save(self) -> None:
         # The checkpoint of this iteration may be the newest complete one: it must not be written over.
@@ -156,6 +165,8 @@ class Training:
         # All micro-batches in one go: the evaluation's own pipeline fills once.
         count = needed // (self.settings.batch.micro * self.settings.ranks.data)
         loss = self.engine.eval_batch(data, num_micro_batches=count, bcast_loss=False)
+        if data is not None:
+            data.close()
         if self._logs:
             mean = float(loss)
             perplexity = math.exp(min(20.0, mean))

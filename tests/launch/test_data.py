@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from noflush.launch.arguments.files import prefix_faults
 from noflush.launch.arguments.settings import Tokens
+from noflush.launch.data.index import prefix_faults
 from noflush.launch.data.order import SampleOrder
 from noflush.launch.data.tokenizer import make_tokenizer, padded_vocabulary
 

@@ -163,7 +163,7 @@ WRONG = {
     "truncated .idx": ("--data-path $short_idx", r"\.idx is truncated \(\d+ of \d+ bytes\)"),
     "cut-off .idx": ("--data-path $stub", "is no index of megatron-core's; preprocess the data again"),
     "wrong header": ("--data-path $header", "is no index of megatron-core's; preprocess the data again"),
-    "empty data": ("--data-path $empty", "it holds no document"),
+    "empty data": ("--data-path $empty", r"empty\.idx holds no document; preprocess a text that is not empty"),
     "split": ("--split ninety,ten", "--split ninety,ten: give three parts such as 969,30,1"),
     "split of nothing": ("--split 0,0,0", "--split 0,0,0: give three parts .* more than 0"),
     "split too fine": ("--split 99999,1,0", "--split 99999,1,0 leaves no document of the 400 in .* for validation"),
