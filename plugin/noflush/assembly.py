@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from noflush import last_words
 from noflush.channels import Neighbours, TensorSpec, connect
 from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.flat_optimizer import DelayAwareOptimizer
@@ -35,6 +36,7 @@ def make_runner(
     stash = schedule.weights != "latest"
     ring = WeightRing(weights.layouts, schedule.versions_alive(engine.stage_id), stash, home=weights.home)
     drops = [schedule.lag_in_call(s) - schedule.lag_in_call(s + 1) for s in range(schedule.stages - 1)]
+    _attend(engine)
     neighbours = connect(
         pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
         rank=engine.global_rank,
@@ -52,6 +54,20 @@ def make_runner(
         report=TensorSpec((report_words,), torch.float64, False),
         post_across_calls=dist.get_backend() == "gloo",
     )
+
+
+def _attend(engine: Any) -> None:
+    """From now on this rank leaves its reason when it ends, under the name that its stage gives it."""
+    stages = {
+        rank: stage
+        for pipeline in engine.grid._topo.get_axis_comm_lists("pipe") or [[engine.global_rank]]
+        for stage, rank in enumerate(pipeline)
+    }
+
+    def name(rank: int) -> str:
+        return f"stage {stages[rank]} (rank {rank})" if rank in stages else f"rank {rank}"
+
+    last_words.attend(engine.global_rank, dist.get_world_size(), name)
 
 
 def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any], neighbours: Neighbours) -> Intake:

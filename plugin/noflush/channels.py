@@ -12,15 +12,22 @@ across calls, so that a slow link's latency is not paid at every call.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from noflush import last_words
+from noflush.blame import Words
+from noflush.last_words import PeerError
+
+__all__ = ["ControlIn", "ControlOut", "Inbox", "Neighbours", "Outbox", "PayloadSpec", "Peer", "PeerError", "TensorSpec"]
 _CONTROL_WORDS = 64
 _DTYPES = (
     torch.float32,
@@ -36,10 +43,6 @@ _DTYPES = (
     torch.complex64,
     torch.complex128,
 )
-
-
-class PeerError(RuntimeError):
-    """A neighbour died, hangs or broke the protocol; the message names both stages and the action."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,16 @@ class PayloadSpec:
 
 @dataclass(frozen=True)
 class Peer:
-    """The far end of a channel: its stage and global rank, and the stage at this end (for errors)."""
+    """The far end of a channel: its stage and global rank, and those at this end (for errors)."""
 
     group: dist.ProcessGroup
     rank: int
     stage: int
+    own_rank: int
     own_stage: int
     timeout_s: float
+    listened: list[float] = field(default_factory=lambda: [time.monotonic()], compare=False)
+    """When this end last waited for the far one, by the monotonic clock; one cell."""
 
 
 def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
@@ -119,17 +125,36 @@ def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
 
 
 def _await(work: dist.Work, peer: Peer, what: str) -> None:
+    start = time.monotonic()
     try:
         if dist.get_backend(peer.group) == "gloo":
             work.wait(timedelta(seconds=peer.timeout_s))
         else:
             work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
     except RuntimeError as error:
-        raise PeerError(
-            f"stage {peer.own_stage} gave up {what} stage {peer.stage} (rank {peer.rank}): {_first_line(error)}. "
-            f"That process died or sent nothing for {peer.timeout_s:g} s (async_pipeline.peer_timeout_s): look at its "
-            "log first, then resume from the newest checkpoint"
-        ) from error
+        raise _lost(peer, what, error, start) from error
+    peer.listened[0] = time.monotonic()
+
+
+def _lost(peer: Peer, what: str, error: RuntimeError, start: float) -> PeerError:
+    """The error of a connection that failed: says so to the others first, and says whose fault it is."""
+    silent = last_words.ran_out(error)
+    absent = start - peer.listened[0]
+    own = Words(
+        peer.own_rank,
+        lost=peer.rank,
+        how="silent" if silent else "closed",
+        seconds=time.monotonic() - start if silent else absent,
+        absent=absent > peer.timeout_s,
+    )
+    verdict = last_words.leave(own)
+    saw = f"It sent nothing for {peer.timeout_s:g} s (async_pipeline.peer_timeout_s). " if silent else ""
+    where = "" if verdict.accused is None else "there and "
+    return PeerError(
+        f"stage {peer.own_stage} gave up {what} stage {peer.stage} (rank {peer.rank}): {_first_line(error)}. {saw}"
+        f"{verdict.sentence[0].upper()}{verdict.sentence[1:]}. Look {where}in its log first, then resume from the "
+        "newest checkpoint"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -159,10 +184,7 @@ class Outbox:
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
-            raise PeerError(
-                f"stage {self._peer.own_stage} could not send {self._kind} {index} to stage {self._peer.stage} "
-                f"(rank {self._peer.rank}): {_first_line(error)}"
-            ) from error
+            raise _lost(self._peer, f"sending {self._kind} {index} to", error, time.monotonic()) from error
         self._open.append((index, payload, [w for w in works if w is not None]))
         self.sent += 1
 
@@ -216,11 +238,18 @@ class Inbox:
             works = []
             for tensor in tensors:
                 if tensor.numel():
-                    work = dist.irecv(_as_bytes_if_bool(tensor), src=self._peer.rank, group=self._peer.group)
+                    work = self._irecv(_as_bytes_if_bool(tensor))
                     assert work is not None
                     works.append(work)
             self._posted.append((self._next, tensors, works))
             self._next += 1
+
+    def _irecv(self, buffer: Tensor) -> dist.Work | None:
+        try:
+            return dist.irecv(buffer, src=self._peer.rank, group=self._peer.group)
+        except RuntimeError as error:
+            # Gloo refuses a receive where the connection is known to be broken.
+            raise _lost(self._peer, f"asking for {self._kind} {self._next} of", error, time.monotonic()) from error
 
 
 _CONTROL = (TensorSpec((_CONTROL_WORDS,), torch.int64, False),)
@@ -309,14 +338,15 @@ def connect(
             down = dist.new_group(pair, timeout=patience)
             up = dist.new_group(pair, timeout=patience)
             control = dist.new_group(pair, timeout=patience, backend="gloo")
+            far = partial(Peer, own_rank=rank, timeout_s=timeout_s)
             if rank == pair[0]:
-                neighbours.activations_out = Outbox(Peer(down, pair[1], s + 1, s, timeout_s), "activation")
-                neighbours.gradients_in = Inbox(Peer(up, pair[1], s + 1, s, timeout_s), "gradient", ahead[s], device)
-                neighbours.control_out = ControlOut(Peer(control, pair[1], s + 1, s, timeout_s))
+                below = partial(far, rank=pair[1], stage=s + 1, own_stage=s)
+                neighbours.activations_out = Outbox(below(down), "activation")
+                neighbours.gradients_in = Inbox(below(up), "gradient", ahead[s], device)
+                neighbours.control_out = ControlOut(below(control))
             elif rank == pair[1]:
-                neighbours.activations_in = Inbox(
-                    Peer(down, pair[0], s, s + 1, timeout_s), "activation", ahead[s], device
-                )
-                neighbours.gradients_out = Outbox(Peer(up, pair[0], s, s + 1, timeout_s), "gradient")
-                neighbours.control_in = ControlIn(Peer(control, pair[0], s, s + 1, timeout_s))
+                above = partial(far, rank=pair[0], stage=s, own_stage=s + 1)
+                neighbours.activations_in = Inbox(above(down), "activation", ahead[s], device)
+                neighbours.gradients_out = Outbox(above(up), "gradient")
+                neighbours.control_in = ControlIn(above(control))
     return neighbours

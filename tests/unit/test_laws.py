@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "plugin" / "noflush"
 LAUNCH = ROOT / "launch"
-PURE = ["schedule", "deadlock", "config", "timing", "plan", "progress", "loss_scale", "kernels.scalars", "figures"]
+PURE = [
+    "schedule",
+    "deadlock",
+    "config",
+    "timing",
+    "plan",
+    "progress",
+    "loss_scale",
+    "kernels.scalars",
+    "figures",
+    "blame",
+]
 PURE_IN_LAUNCH = ["ranks", "signals", "arguments.parser", "arguments.meaning", "arguments.settings", "gpt.size"]
 NO_HOST = [
     *(
@@ -23,6 +34,8 @@ NO_HOST = [
         "optim",
         "simulate",
         "channels",
+        "last_words",
+        "exit_guard",
         "runner",
         "intake",
         "guard",
