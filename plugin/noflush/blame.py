@@ -125,8 +125,8 @@ def _said_nothing(at: Words, target: int, own: Words, store: Store, keeper: int 
             f"{name(target)} has ended; {name(own.rank)} had not listened for {own.seconds:.0f} s, longer than its "
             "peers wait: they may have given up on it",
         )
-    if target == keeper:
-        return gone if at.how == "closed" else silent
+    if target == keeper and at.how == "closed":
+        return gone
     keeping = "the launcher" if keeper is None else name(keeper)
     lost = f"{name(target)} has ended" if at.how == "closed" else f"{name(at.rank)} heard nothing from {name(target)}"
     return Verdict(

@@ -12,10 +12,11 @@ across calls, so that a slow link's latency is not paid at every call.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -105,6 +106,33 @@ class PayloadSpec:
         return cls(tuple(specs), is_tuple)
 
 
+class Attention:
+    """How long this rank has not listened to its neighbours, which wait ``timeout_s`` for it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._last = time.monotonic()
+        self._away = self._back = -math.inf
+
+    def turn(self) -> float:
+        """A wait begins; returns the time."""
+        now = time.monotonic()
+        if now - self._last > self._timeout_s:
+            self._away, self._back = now - self._last, now
+        return now
+
+    def met(self) -> None:
+        """A wait has ended well."""
+        self._last = time.monotonic()
+
+    def absence(self) -> float:
+        """Seconds of the newest absence that was too long, if it was just now; else 0.
+
+        What had arrived before neighbours gave up can still be read after it, so "just now" is no single wait.
+        """
+        return self._away if time.monotonic() - self._back < self._timeout_s else 0.0
+
+
 @dataclass(frozen=True)
 class Peer:
     """The far end of a channel: its stage and global rank, and those at this end (for errors)."""
@@ -115,8 +143,7 @@ class Peer:
     own_rank: int
     own_stage: int
     timeout_s: float
-    listened: list[float] = field(default_factory=lambda: [time.monotonic()], compare=False)
-    """When this end last waited for the far one, by the monotonic clock; one cell."""
+    attention: Attention
 
 
 def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
@@ -125,7 +152,7 @@ def _as_bytes_if_bool(tensor: Tensor) -> Tensor:
 
 
 def _await(work: dist.Work, peer: Peer, what: str) -> None:
-    start = time.monotonic()
+    start = peer.attention.turn()
     try:
         if dist.get_backend(peer.group) == "gloo":
             work.wait(timedelta(seconds=peer.timeout_s))
@@ -133,19 +160,19 @@ def _await(work: dist.Work, peer: Peer, what: str) -> None:
             work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
     except RuntimeError as error:
         raise _lost(peer, what, error, start) from error
-    peer.listened[0] = time.monotonic()
+    peer.attention.met()
 
 
 def _lost(peer: Peer, what: str, error: RuntimeError, start: float) -> PeerError:
     """The error of a connection that failed: says so to the others first, and says whose fault it is."""
-    silent = last_words.ran_out(error)
-    absent = start - peer.listened[0]
+    silent, absent = last_words.ran_out(error), peer.attention.absence()
+    waited = time.monotonic() - start
     own = Words(
         peer.own_rank,
         lost=peer.rank,
         how="silent" if silent else "closed",
-        seconds=time.monotonic() - start if silent else absent,
-        absent=absent > peer.timeout_s,
+        seconds=waited if silent else absent,
+        absent=absent > 0,
     )
     verdict = last_words.leave(own)
     saw = f"It sent nothing for {peer.timeout_s:g} s (async_pipeline.peer_timeout_s). " if silent else ""
@@ -331,14 +358,14 @@ def connect(
         timeout_s: how long a wait may last.
     """
     neighbours = Neighbours()
-    patience = timedelta(seconds=timeout_s)
+    patience, attention = timedelta(seconds=timeout_s), Attention(timeout_s)
     for ranks in pipelines:
         for s in range(len(ranks) - 1):
             pair = [ranks[s], ranks[s + 1]]
             down = dist.new_group(pair, timeout=patience)
             up = dist.new_group(pair, timeout=patience)
             control = dist.new_group(pair, timeout=patience, backend="gloo")
-            far = partial(Peer, own_rank=rank, timeout_s=timeout_s)
+            far = partial(Peer, own_rank=rank, timeout_s=timeout_s, attention=attention)
             if rank == pair[0]:
                 below = partial(far, rank=pair[1], stage=s + 1, own_stage=s)
                 neighbours.activations_out = Outbox(below(down), "activation")
