@@ -126,13 +126,14 @@ def prepare(
 
 def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
     from noflush.exit_guard import end_within
-    from noflush.launch.training.meeting import MeetingError, keeper_watched
-    from noflush.launch.training.start import leave, meet_others
+    from noflush.keeper import keeper_watched
+    from noflush.launch.training.meeting import MeetingError
+    from noflush.launch.training.start import leave, meet_others, rank_name
 
     training = None
     try:
         store = meet_others(settings.ranks)
-        with keeper_watched(store, 60.0 * settings.ranks.timeout_minutes):
+        with keeper_watched(lambda: store, 60.0 * settings.ranks.timeout_minutes, rank_name(settings.ranks, 0)):
             training = prepare(settings, found.rank, lines, count, signals, store)
         reason = training.run()
         if found.rank == 0:

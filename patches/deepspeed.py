@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from noflush.config import OLDEST_DEEPSPEED, ConfigError, RunFacts, check_config, check_run
+from noflush.keeper import keeper_watched
 
 logger = logging.getLogger("noflush")
 TESTED = ("0.19.8",)
@@ -147,6 +148,25 @@ def check_host() -> None:
         )
 
 
+def _keeper_watched(build: Callable[..., Any]) -> Callable[..., Any]:
+    """``build``, which makes groups and so asks the store; it ends in bounded time if the store's keeper is stopped."""
+
+    def watched(original: type, *args: Any, **kwargs: Any) -> Any:
+        import torch.distributed as dist
+
+        block = check_config(kwargs["config_class"]._param_dict)
+        if block is None or not dist.is_initialized() or dist.get_world_size() == 1:
+            return build(original, *args, **kwargs)
+        store = dist.distributed_c10d._get_default_store()
+        if not hasattr(store, "clone"):  # torch 2.6
+            return build(original, *args, **kwargs)
+        with keeper_watched(store.clone, block.peer_timeout_s, "rank 0"):
+            return build(original, *args, **kwargs)
+
+    return watched
+
+
+@_keeper_watched
 def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     host_config = kwargs["config_class"]
     ds_config = host_config._param_dict

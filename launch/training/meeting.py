@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -221,47 +219,3 @@ class _Party:
             f"{', ...' if len(here) > _MANY else ''}.{more} Look at the logs of those that are missing: did they "
             "start, and with this MASTER_ADDR and MASTER_PORT?"
         )
-
-
-@contextmanager
-def keeper_watched(store: Any, seconds: float) -> Iterator[None]:
-    """While the block runs, this process ends if the store does not answer for ``seconds``.
-
-    What torch asks of the store while groups are made would wait for a stopped keeper for ever. A time in which this
-    process itself was stopped does not count.
-
-    Args:
-        store: that `meet` returned.
-        seconds: the limit.
-    """
-    over = threading.Event()
-    asked, answered = [0], [0]
-
-    def ask() -> None:
-        while not over.wait(1.0):
-            asked[0] += 1
-            try:
-                store.check(["run"])
-            except RuntimeError:  # it is gone: whoever else asks is told too
-                return over.set()
-            answered[0] += 1
-
-    def watch() -> None:
-        unanswered = 0
-        while not over.wait(1.0):
-            unanswered = unanswered + 1 if asked[0] > answered[0] else 0
-            if unanswered > seconds:
-                sys.stderr.write(
-                    f"noflush: stage 0 (rank 0) has been silent for {seconds:g} s: the store that it keeps takes "
-                    "questions and does not answer; look at its log and node first\n"
-                )
-                sys.stderr.flush()
-                os._exit(1)
-
-    threads = [threading.Thread(target=task, daemon=True) for task in (ask, watch)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()

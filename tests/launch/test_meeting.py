@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from noflush.demo.port import held_port
-from noflush.launch.training.meeting import MeetingError, keeper_watched, meet
+from noflush.keeper import keeper_watched
+from noflush.launch.training.meeting import MeetingError, meet
 from tests.multiproc.ranks import _context
 
 pytestmark = [pytest.mark.multiproc]
@@ -144,7 +145,7 @@ def test_who_was_turned_away_is_told_to_those_that_wait_in_vain():
 
 
 def _ask_for_ever(store):
-    with keeper_watched(store, 2.0):
+    with keeper_watched(lambda: store, 2.0, "rank 0"):
         store.get("nothing")
 
 

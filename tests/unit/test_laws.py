@@ -36,6 +36,7 @@ NO_HOST = [
         "channels",
         "last_words",
         "exit_guard",
+        "keeper",
         "runner",
         "intake",
         "guard",
