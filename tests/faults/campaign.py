@@ -132,11 +132,11 @@ class Campaign:
     def _strike(self, case, result, folder, port):
         """A signal, in the phase where the victim waits for it."""
         ranks = Ranks(case.script, folder, folder / "save", port, struck=(case.stage, case.phase))
+        victim = ranks.processes[case.stage]
         try:
-            if not _wait(lambda: (folder / "reached").exists(), 90):
+            if not _wait(lambda: (folder / "reached").exists() or victim.exitcode is not None, 90) or victim.exitcode:
                 result.faults.append(f"never came to {case.phase}:\n{ranks.text(case.stage)[-2000:]}")
                 return
-            victim = ranks.processes[case.stage]
             os.kill(victim.pid, signal.SIGKILL if case.fault == "kill" else signal.SIGSTOP)
             told = time.monotonic()
             result.statuses = ranks.end(BOUND[case.script], but=case.stage)
@@ -328,8 +328,8 @@ def table(results):
         "# What happens when something breaks",
         "",
         "Written by `make faults` (`tests/faults/campaign.py`), which strikes real processes and reads how they end:",
-        f"{len(results)} runs, {len(results) - bad} as they must be. `plain` is a DeepSpeed script of three stages under",
-        "noflush, `gpt` is `launch/pretrain_gpt.py` of two. *Others end* is the time from the fault (where there is no",
+        f"{len(results)} runs, {len(results) - bad} as they must be. `plain` is a DeepSpeed script of three stages",
+        "under noflush, `gpt` is `launch/pretrain_gpt.py` of two. *After* is the time from the fault (where there is no",
         "moment of it, from the start) to the end of the last survivor, timeouts included: "
         f"{plain.PEER_TIMEOUT_S} s for a",
         f"silent neighbour and {plain.MEETING_TIMEOUT_S} s for a collective in `plain`, {gpt.PEER_TIMEOUT_S} s and "
