@@ -44,6 +44,8 @@ def join(ranks: Ranks, store: Any = None) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = ranks.backend if ranks.backend in ("nccl", "gloo") and on_gpu else "nccl" if on_gpu else "gloo"
     timeout = timedelta(minutes=ranks.timeout_minutes)
+    # DeepSpeed makes groups without a timeout of their own: torch's default is half an hour.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
     attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     parallel_state.initialize_model_parallel(

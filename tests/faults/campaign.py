@@ -53,9 +53,9 @@ class Result:
 class Ranks:
     """Processes of one run and their logs."""
 
-    def __init__(self, script, folder, save, port, label="run", ranks=None, struck=(None, ""), world=None, **more):
+    def __init__(self, script, folder, save, port, label="run", ranks=None, struck=(None, ""), job=None, **more):
         self.script, self.folder, self.label = script, folder, label
-        world = world or WORLD[script]
+        world = WORLD[script]
         self.ranks = list(range(world)) if ranks is None else list(ranks)
         target = gpt.main if script == "gpt" else plain.main
         what = gpt.arguments(folder, save) if script == "gpt" else str(save)
@@ -63,6 +63,8 @@ class Ranks:
         for rank in self.ranks:
             phase = struck[1] if rank == struck[0] else None
             keep = {key: value for key, value in more.items() if rank == struck[0]}
+            if job:
+                keep["job"] = job
             args = (rank, world, port, str(folder), what, phase, str(self.log(rank)))
             self.processes.append(_context.Process(target=target, args=args, kwargs=keep))
         for process in self.processes:
@@ -167,7 +169,7 @@ class Campaign:
             self._until_the_end(case, result, Ranks("gpt", folder, folder / "save", other.getsockname()[1], ranks=[0]))
 
     def _another_run(self, case, result, folder, port):
-        self._intruder(case, result, folder, port, {"ranks": [2], "world": 3}, save=folder / "other", status=1)
+        self._intruder(case, result, folder, port, {"ranks": [1], "job": "6"}, save=folder / "other", status=1)
 
     def _twice(self, case, result, folder, port):
         self._intruder(case, result, folder, port, {"ranks": [1]}, save=folder / "save", status=1)
@@ -329,9 +331,8 @@ def table(results):
         "",
         "Written by `make faults` (`tests/faults/campaign.py`), which strikes real processes and reads how they end:",
         f"{len(results)} runs, {len(results) - bad} as they must be. `plain` is a DeepSpeed script of three stages",
-        "under noflush, `gpt` is `launch/pretrain_gpt.py` of two. *After* is the time from the fault (where there is no",
-        "moment of it, from the start) to the end of the last survivor, timeouts included: "
-        f"{plain.PEER_TIMEOUT_S} s for a",
+        "under noflush, `gpt` is `launch/pretrain_gpt.py` of two. *After* is the time from the fault (where it has no",
+        f"moment, from the start) to the end of the last survivor, timeouts included: {plain.PEER_TIMEOUT_S} s for a",
         f"silent neighbour and {plain.MEETING_TIMEOUT_S} s for a collective in `plain`, {gpt.PEER_TIMEOUT_S} s and "
         f"{60 * gpt.TIMEOUT_MINUTES} s in `gpt`.",
         "*Accused* is every stage that any survivor names; `-` is nobody.",

@@ -77,7 +77,8 @@ _GPT = [
         for stage in (0, 1)
     ),
     *(Case("gpt", "stop", stage, "call 3", must_name=True) for stage in (0, 1)),
-    *(Case("gpt", "kill", 1, phase) for phase in ("start-up", "evaluating", "ending")),
+    *(Case("gpt", "kill", 1, phase) for phase in ("start-up", "evaluating")),
+    Case("gpt", "kill", 1, "ending", statuses=(0, 1)),  # all is done and saved by then
     Case("gpt", "stop", 0, "start-up", names="stage 0 (rank 0)"),
     *(Case("gpt", "never started", stage, names=f"rank {stage}") for stage in (0, 1)),
     Case("gpt", "a mute listener on MASTER_PORT", names="somebody accepts connections there, and does not answer"),

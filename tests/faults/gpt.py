@@ -33,12 +33,18 @@ def arguments(folder, save):
     return [*words, "--deepspeed_config", str(config), "--data-cache-path", str(folder / "cache")]
 
 
-def main(rank, world, port, folder, argv, phase, log, full_disk=False):
-    """The process, its output in ``log``. ``full_disk``: from its second save on, files cannot grow beyond 1 kB."""
+def main(rank, world, port, folder, argv, phase, log, full_disk=False, job=None):
+    """The process, its output in ``log``.
+
+    ``full_disk``: from its second save on, files cannot grow beyond a size that a checkpoint's need. ``job``: the
+    number of another SLURM job, whose rank this is.
+    """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
     )  # fmt: skip
+    if job:
+        os.environ["SLURM_JOB_ID"] = job
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
