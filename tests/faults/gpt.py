@@ -88,7 +88,7 @@ def _strike(victim, full_disk):
     def written(*args, **kwargs):
         if steps[0] >= 2 * SAVE_EVERY - 1:
             if full_disk:
-                # The log is longer than that already, so its lines go to standard error's end: that is a file too.
+                # Less than a layer's file needs, and more than the log, which is a file too.
                 resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
             victim.at("saving")
         return write(*args, **kwargs)
