@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+pytestmark = [pytest.mark.multiproc]
+
 
 def ended(code, **more):
     """(exit status, seconds) of a process that runs ``code``."""
@@ -57,7 +59,6 @@ attend(1, 2, "rank {}".format)
     "end",
     [
         "raise PeerError('stage 0 (rank 0) is gone')",
-        "raise OSError('mine')",
         "import sys\nfrom noflush.last_words import explain\nexplain(PeerError('gone'))\nsys.exit(5)",
     ],
 )
