@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-all test-slurm check bench bench-gpu format clean
+.PHONY: setup demo test test-all test-slurm faults check bench bench-gpu format clean
 
 setup: $(READY)
 
@@ -37,6 +37,10 @@ test-all: setup
 test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm
+
+# Kills, stops and corrupts some seventy small runs, and goes on from what they leave; ten minutes on two cores.
+faults: setup
+	$(BIN)/python -m tests.faults.campaign --write docs/faults.md
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,6 +25,7 @@ from rich.table import Table
 from tokenizers.pre_tokenizers import ByteLevel
 
 from noflush import trace
+from noflush.demo.port import held_port
 from noflush.demo.text import documents
 from noflush.schedule import Op, Schedule
 from noflush.timeline import draw_timeline
@@ -58,7 +60,7 @@ def prepare(text, out):
     return ["--data-path", str(out / "corpus_text_document"), *tokenizer]
 
 
-def train(name, data, args, out):
+def train(name, data, args, port, out):
     """One run in its own processes; returns its loss curve and its trace."""
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
@@ -67,7 +69,7 @@ def train(name, data, args, out):
     (out / name / "ds_config.json").write_text(json.dumps(config, indent=2))
     lr = args.lr or LEARNING_RATES[name]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(STAGES)]
-    command += ["--master_port", str(args.port), "--module", "noflush.launch.pretrain_gpt"]
+    command += ["--master_port", str(port), "--module", "noflush.launch.pretrain_gpt"]
     command += [f"@{HERE / 'gpt_demo.args'}", *data, "--data-cache-path", str(out / "cache")]
     command += ["--train-iters", str(args.steps), "--lr", str(lr), "--min-lr", str(lr / 10), "--seed", str(args.seed)]
     command += ["--eval-interval", str(max(1, args.steps // 10)), "--save", str(out / name)]
@@ -232,14 +234,15 @@ def main():
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--lr", type=float, help="one learning rate for both runs")
-    p.add_argument("--port", type=int, default=29541, help="for the processes of a run to meet at")
+    p.add_argument("--port", type=int, help="for the processes of a run to meet at (default: a free one)")
     args = p.parse_args()
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     curves, traces = {}, {}
     data = prepare(args.text, out / "data")
     for name in ("flush", "no_flush"):
-        curves[name], traces[name] = train(name, data, args, out)
+        with nullcontext(args.port) if args.port else held_port() as port:
+            curves[name], traces[name] = train(name, data, args, port, out)
     summary = summarise(curves, traces)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     draw_loss(curves, out / "loss.png")

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from noflush.checkpoint import write_whole
 from noflush.config import ConfigError
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from noflush.launch.training.loop import Training
 
 _FOR_RANK_0 = 20.0
+_LEAVING = 60.0
+"""Seconds for a finished run to leave its groups, and for the interpreter to end."""
 STOPPED = "stopped"
 """File in the --save folder that says why a run ended before its last iteration; removed by the next one."""
 
@@ -100,8 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     return _train(settings, found, lines, count, signals)
 
 
-def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, signals: Signals) -> Training:
-    """Joins the other ranks and makes everything of this one ready to run: engine, checkpoint, data."""
+def prepare(
+    settings: Settings, rank: int, lines: Sequence[str], count: int, signals: Signals, store: Any = None
+) -> Training:
+    """Joins the other ranks, met at ``store``, and makes everything of this one ready: engine, checkpoint, data."""
     from noflush.launch.arguments.progress import Position, steps_from, traced
     from noflush.launch.data.datasets import build_datasets
     from noflush.launch.data.tokenizer import make_tokenizer
@@ -109,7 +113,7 @@ def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, sig
     from noflush.launch.training.loop import Training, say
     from noflush.launch.training.start import build_engine, join
 
-    join(settings.ranks)
+    join(settings.ranks, store)
     if rank == 0:
         for line in lines:
             say(line)
@@ -134,22 +138,36 @@ def prepare(settings: Settings, rank: int, lines: Sequence[str], count: int, sig
 
 
 def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
-    from noflush.launch.training.start import leave
+    from noflush.exit_guard import end_within
+    from noflush.keeper import keeper_watched
+    from noflush.launch.training.meeting import MeetingError
+    from noflush.launch.training.start import leave, meet_others, rank_name
 
     training = None
     try:
-        training = prepare(settings, found.rank, lines, count, signals)
+        store = meet_others(settings.ranks)
+        with keeper_watched(lambda: store, 60.0 * settings.ranks.timeout_minutes, rank_name(settings.ranks, 0)):
+            training = prepare(settings, found.rank, lines, count, signals, store)
         reason = training.run()
         if found.rank == 0:
             _say_why(training.settings, training.position, reason)
         if training.lock is not None:
             training.lock.release()
+        # All is done and saved: a peer that hangs on its way out changes nothing.
+        call_off = end_within(_LEAVING, 0)
         leave()
+        call_off()
+    except MeetingError as error:
+        end_within()
+        print(f"noflush: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(1)  # a thread may still be asking the store
     except (RefusedError, ConfigError) as error:
         if training is not None and training.lock is not None:
             training.lock.release()
         refuse(error, found.rank, settings.checkpoints.save)
     except Exception as error:
+        # First of all: what follows may block, on a store or on a pipe that nobody reads.
+        end_within()
         traceback.print_exc()
         _say_last_words(settings, found, training.position.iteration if training else 0, error)
         # Not to wait for peers on the way out: what is left to do would only hang.
@@ -158,20 +176,13 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
 
 
 def _say_last_words(settings: Settings, found: Rendezvous, iteration: int, error: Exception) -> None:
-    from noflush.launch.training.last_words import last_words
+    from noflush.last_words import explain
+    from noflush.launch.training.last_words import lines
+    from noflush.launch.training.start import stage_of
 
-    each = settings.ranks.data * settings.ranks.tensor
-    lines = [
-        f"noflush: stage {rank // each} (rank {rank} of {found.world_size}) {reason}; look at its log and node first"
-        for rank, reason in last_words(error, found.rank, found.world_size).items()
-    ]
-    folder = settings.checkpoints.save or settings.checkpoints.load
-    advice = f"start again with --load {folder}" if folder else "give --save and --load to lose less next time"
-    lines.append(
-        f"noflush: stage {found.rank // each} (rank {found.rank} of {found.world_size}) ends after iteration "
-        f"{iteration}; to go on from the newest complete checkpoint {advice}"
-    )
-    print("\n".join(lines), file=sys.stderr, flush=True)  # noqa: T201
+    stage = stage_of(settings.ranks, found.rank)
+    said = lines(explain(error), found.rank, stage, found.world_size, iteration, settings.checkpoints)
+    print("\n".join(said), file=sys.stderr, flush=True)  # noqa: T201
     sys.stdout.flush()
 
 
@@ -188,4 +199,8 @@ def _say_why(settings: Settings, position: Position, reason: str | None) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from noflush.exit_guard import end_within
+
+    ended = main()
+    end_within(_LEAVING, ended)
+    sys.exit(ended)

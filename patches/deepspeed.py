@@ -11,9 +11,11 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from noflush.config import OLDEST_DEEPSPEED, ConfigError, RunFacts, check_config, check_run
+from noflush.keeper import keeper_watched
 
 logger = logging.getLogger("noflush")
 TESTED = ("0.19.8",)
@@ -160,6 +162,40 @@ def check_host() -> None:
         )
 
 
+def _bounded(build: Callable[..., Any]) -> Callable[..., Any]:
+    """``build``, whose waits for others end after ``peer_timeout_s``: for the store's keeper, and in collectives."""
+
+    def bounded(original: type, *args: Any, **kwargs: Any) -> Any:
+        import torch.distributed as dist
+
+        block = check_config(kwargs["config_class"]._param_dict)
+        if block is None or not dist.is_initialized() or dist.get_world_size() == 1:
+            return build(original, *args, **kwargs)
+        _limit_groups(block.peer_timeout_s)
+        store = dist.distributed_c10d._get_default_store()
+        connect = store.clone if hasattr(store, "clone") else lambda: store  # torch 2.6 has no clone
+        with keeper_watched(connect, block.peer_timeout_s, "rank 0"):
+            engine = build(original, *args, **kwargs)
+        _limit_groups(block.peer_timeout_s)
+        return engine
+
+    return bounded
+
+
+def _limit_groups(seconds: float) -> None:
+    """No collective over gloo waits longer, in groups but the user's own world: DeepSpeed's have torch's 30 minutes."""
+    import torch
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is dist.group.WORLD or torch.device("cpu") not in group._device_types:
+            continue
+        backend: Any = group._get_backend(torch.device("cpu"))
+        if hasattr(backend, "options") and backend.options._timeout.total_seconds() > seconds:
+            backend._set_default_timeout(timedelta(seconds=seconds))
+
+
+@_bounded
 def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     host_config = kwargs["config_class"]
     ds_config = host_config._param_dict

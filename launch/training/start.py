@@ -4,35 +4,63 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from megatron.core import parallel_state
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import noflush
+from noflush.last_words import attend
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
+from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
 from noflush.launch.training.schedule import schedule_of
 from noflush.patches import megatron_core
 
 
-def join(ranks: Ranks) -> None:
-    """Joins torch.distributed, and makes megatron-core's groups over it."""
+def meet_others(ranks: Ranks) -> Any:
+    """Waits for all ranks at the store, which it returns; raises MeetingError. A single process takes any free port."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if ranks.world == 1 and not agent:
+        alone = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False, multi_tenant=True)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(alone.port))
+        return alone
+    split = f"tensor {ranks.tensor} x pipeline {ranks.pipeline} x data {ranks.data}"
+    return meet(int(os.environ["RANK"]), ranks.world, os.environ, 60.0 * ranks.timeout_minutes, split)
+
+
+def join(ranks: Ranks, store: Any = None) -> None:
+    """Joins torch.distributed, and makes megatron-core's groups over it; ``store`` takes ranks' last words."""
     noflush.register()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = ranks.backend if ranks.backend in ("nccl", "gloo") and on_gpu else "nccl" if on_gpu else "gloo"
     timeout = timedelta(minutes=ranks.timeout_minutes)
+    # DeepSpeed makes groups without a timeout of their own: torch's default is half an hour.
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     parallel_state.initialize_model_parallel(
         ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
     )
     megatron_core.patch()
     checkpointing.configure(mpu_=parallel_state)
+
+
+def stage_of(ranks: Ranks, rank: int) -> int:
+    """The pipeline stage of a rank: Megatron's order is tensor, then data, then pipeline."""
+    return rank // (ranks.data * ranks.tensor)
+
+
+def rank_name(ranks: Ranks, rank: int) -> str:
+    """What a rank is called in messages."""
+    return f"stage {stage_of(ranks, rank)} (rank {rank})"
 
 
 def leave() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from noflush import last_words
 from noflush.channels import Neighbours, connect
 from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.flat_optimizer import DelayAwareOptimizer
@@ -42,6 +43,7 @@ def make_runner(
     # What no optimizer updates has one version for ever, and stays where it is.
     stash = schedule.weights != "latest"
     ring = WeightRing(weights.layouts, schedule.versions_alive(engine.stage_id), stash, home=weights.home)
+    _attend(engine)
     neighbours = connect(
         pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
         rank=engine.global_rank,
@@ -58,6 +60,20 @@ def make_runner(
         report=TensorSpec((report_words,), torch.float64, False),
         posting=posting_of(dist.get_backend()),
     )
+
+
+def _attend(engine: Any) -> None:
+    """From now on this rank leaves its reason when it ends, under the name that its stage gives it."""
+    stages = {
+        rank: stage
+        for pipeline in engine.grid._topo.get_axis_comm_lists("pipe") or [[engine.global_rank]]
+        for stage, rank in enumerate(pipeline)
+    }
+
+    def name(rank: int) -> str:
+        return f"stage {stages[rank]} (rank {rank})" if rank in stages else f"rank {rank}"
+
+    last_words.attend(engine.global_rank, dist.get_world_size(), name)
 
 
 def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any], neighbours: Neighbours) -> Intake:

@@ -11,35 +11,24 @@ in `posting`.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from noflush.groups import without_splits
+from noflush.last_words import PeerError
 from noflush.payloads import TensorSpec
+from noflush.peer import Attention, Peer, lost, wait_for
 
 _CONTROL_WORDS = 64
-
-
-class PeerError(RuntimeError):
-    """A neighbour died, hangs or broke the protocol; the message names both stages and the action."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """The far end of a channel: its stage and global rank, and the stage at this end (for errors)."""
-
-    group: dist.ProcessGroup
-    rank: int
-    stage: int
-    own_stage: int
-    timeout_s: float
 
 
 # What NCCL can carry; everything else travels as its bytes, which costs nothing.
@@ -52,24 +41,6 @@ _NATIVE = {
 def _wire(tensor: Tensor) -> Tensor:
     """A contiguous ``tensor`` as it travels: itself or a view of its bytes."""
     return tensor if tensor.dtype in _NATIVE else tensor.reshape(-1).view(torch.uint8)
-
-
-def _await(work: dist.Work, peer: Peer, what: str) -> None:
-    try:
-        if dist.get_backend(peer.group) == "gloo":
-            work.wait(timedelta(seconds=peer.timeout_s))
-        else:
-            work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
-    except RuntimeError as error:
-        raise PeerError(
-            f"stage {peer.own_stage} gave up {what} stage {peer.stage} (rank {peer.rank}): {_first_line(error)}. "
-            f"That process died or sent nothing for {peer.timeout_s:g} s (async_pipeline.peer_timeout_s): look at its "
-            "log first, then resume from the newest checkpoint"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Outbox:
@@ -102,10 +73,7 @@ class Outbox:
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
-            raise PeerError(
-                f"stage {self._peer.own_stage} could not send {self._kind} {index} to stage {self._peer.stage} "
-                f"(rank {self._peer.rank}): {_first_line(error)}"
-            ) from error
+            raise lost(self._peer, f"sending {self._kind} {index} to", error, time.monotonic()) from error
         self._open.append((index, payload, [w for w in works if w is not None]))
         self.sent += 1
 
@@ -114,7 +82,7 @@ class Outbox:
         while self._open and self._open[0][0] <= up_to:
             index, _, works = self._open.popleft()
             for work in works:
-                _await(work, self._peer, f"sending {self._kind} {index} to")
+                wait_for(work, self._peer, f"sending {self._kind} {index} to")
 
 
 class Inbox:
@@ -151,7 +119,7 @@ class Inbox:
             works = []
             for tensor in tensors:
                 if tensor.numel():
-                    work = dist.irecv(_wire(tensor), src=self._peer.rank, group=self._peer.group)
+                    work = self._irecv(_wire(tensor))
                     assert work is not None
                     works.append(work)
         self._posted.append((self.next_to_post, tensors, works))
@@ -164,11 +132,20 @@ class Inbox:
             raise PeerError(f"stage {self._peer.own_stage} expected {self._kind} {index} but {posted}")
         _, tensors, works = self._posted.popleft()
         for work in works:
-            _await(work, self._peer, f"waiting for {self._kind} {index} from")
+            wait_for(work, self._peer, f"waiting for {self._kind} {index} from")
         if self._stream is not None:
             for tensor in tensors:  # allocated for one stream, read on another
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return tensors
+
+    def _irecv(self, buffer: Tensor) -> dist.Work | None:
+        try:
+            return dist.irecv(buffer, src=self._peer.rank, group=self._peer.group)
+        except RuntimeError as error:
+            # Gloo refuses a receive where the connection is known to be broken.
+            raise lost(
+                self._peer, f"asking for {self._kind} {self.next_to_post} of", error, time.monotonic()
+            ) from error
 
 
 _CONTROL = (TensorSpec((_CONTROL_WORDS,), torch.int64, False),)
@@ -267,7 +244,8 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
         timeout_s: how long a wait may last.
     """
     neighbours = Neighbours()
-    patience = timedelta(seconds=timeout_s)
+    patience, attention = timedelta(seconds=timeout_s), Attention(timeout_s)
+    far = partial(Peer, own_rank=rank, timeout_s=timeout_s, attention=attention)
     with without_splits():
         for ranks in pipelines:
             for s in range(len(ranks) - 1):
@@ -276,15 +254,15 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
                 up = dist.new_group(pair, timeout=patience)
                 control = dist.new_group(pair, timeout=patience, backend="gloo")
                 if rank == pair[0]:
-                    below = [Peer(group, pair[1], s + 1, s, timeout_s) for group in (down, up, control)]
-                    neighbours.activations_out = Outbox(below[0], "activation", device)
-                    neighbours.gradients_in = Inbox(below[1], "gradient", device)
-                    neighbours.control_out = ControlOut(below[2])
+                    below = partial(far, rank=pair[1], stage=s + 1, own_stage=s)
+                    neighbours.activations_out = Outbox(below(down), "activation", device)
+                    neighbours.gradients_in = Inbox(below(up), "gradient", device)
+                    neighbours.control_out = ControlOut(below(control))
                 elif rank == pair[1]:
-                    above = [Peer(group, pair[0], s, s + 1, timeout_s) for group in (down, up, control)]
-                    neighbours.activations_in = Inbox(above[0], "activation", device)
-                    neighbours.gradients_out = Outbox(above[1], "gradient", device)
-                    neighbours.control_in = ControlIn(above[2])
+                    above = partial(far, rank=pair[0], stage=s, own_stage=s + 1)
+                    neighbours.activations_in = Inbox(above(down), "activation", device)
+                    neighbours.gradients_out = Outbox(above(up), "gradient", device)
+                    neighbours.control_in = ControlIn(above(control))
     if device.type != "cpu":
         neighbours.warm_up()
     return neighbours

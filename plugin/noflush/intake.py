@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from noflush.channels import ControlIn, ControlOut, PeerError
+from noflush.channels import ControlIn, ControlOut
 from noflush.figures import StageFigures, read_figures
+from noflush.last_words import PeerError
 
 
 class DataExhausted(StopIteration):

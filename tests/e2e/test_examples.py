@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multiproc.ranks import free_port
+from noflush.demo.port import held_port
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = [sys.executable, "-m", "deepspeed.launcher.runner"]
@@ -32,7 +32,8 @@ def run(command, timeout=200):
 
 
 def launch(*words):
-    return run([*LAUNCHER, "--num_gpus", "2", "--master_port", str(free_port()), *words])
+    with held_port() as port:
+        return run([*LAUNCHER, "--num_gpus", "2", "--master_port", str(port), *words])
 
 
 def test_unchanged_script_through_the_launcher():
@@ -60,8 +61,8 @@ def test_pretrain_gpt_through_both_launchers(launcher, tmp_path):
     if launcher == "deepspeed":
         status, out = launch(*arguments)
     else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        status, out = run([*torchrun, "--master_port", str(free_port()), *arguments])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        status, out = run([*torchrun, *arguments])
     assert status == 0, out[-3000:]
     assert "finished at iteration 2" in out
     assert "lag by stage [1, 0]" in out
@@ -110,7 +111,7 @@ def test_demo_in_small(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"It was the best of times, it was the worst of times. " * 6000)
     command = [sys.executable, "examples/compare.py", "--steps", "30", "--out", str(tmp_path), "--text", str(text)]
-    status, out = run([*command, "--port", str(free_port())])
+    status, out = run(command)
     assert status == 0, out[-3000:]
     assert "318,005 tokens" in out  # its bytes, and an end for each of five documents
     assert "tokens/s" in out

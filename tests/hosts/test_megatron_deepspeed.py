@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from noflush.config import ConfigError, RunFacts, check_run
+from noflush.demo.port import held_port
 from noflush.patches import megatron_deepspeed as seam
 from tests.multiproc.ranks import run_ranks
 
@@ -173,21 +174,16 @@ def test_tied_embeddings_are_refused_with_megatrons_own_flag(tree):
 @pytest.mark.multiproc
 def test_run_finds_the_trees_own_megatron(tree):
     environment = {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "noflush.run", "pretrain_gpt.py"],
-        cwd=tree, capture_output=True, text=True, timeout=120,
-        env=os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())},
-    )  # fmt: skip
+    with held_port() as port:
+        done = subprocess.run(
+            [sys.executable, "-m", "noflush.run", "pretrain_gpt.py"],
+            cwd=tree, capture_output=True, text=True, timeout=120,
+            env=os.environ | environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "noflush: DelayAwareNAdamW of the DeepSpeed config in place of Megatron's torch.optim" in done.stdout
     assert "betas (0.95, 0.99)" in done.stdout
     assert done.stdout.splitlines()[-1] == "NoFlushEngine DelayAwareNAdamW"
-
-
-def _port():
-    from tests.multiproc.ranks import free_port
-
-    return free_port()
 
 
 FLAGS = {"lr": LR, "weight_decay": DECAY, "seq_length": SEQUENCE, "rank": 1, "consumed_train_tokens": 0}

@@ -6,8 +6,10 @@ import os
 import re
 import sys
 import time
+from contextlib import ExitStack
 
-from tests.multiproc.ranks import _context, free_port
+from noflush.demo.port import held_port
+from tests.multiproc.ranks import _context
 
 
 def _rank(argv, rank, world, port, log):
@@ -31,7 +33,8 @@ class Run:
     """A run's processes, its log files in ``folder``."""
 
     def __init__(self, argv, world, folder, name):
-        port = free_port()
+        self._held = ExitStack()
+        port = self._held.enter_context(held_port())
         self.logs = [folder / f"{name}-{rank}.log" for rank in range(world)]
         self.processes = [
             _context.Process(target=_rank, args=(argv, rank, world, port, str(self.logs[rank])))
@@ -50,6 +53,7 @@ class Run:
         for process in self.processes:
             process.kill()
             process.join()
+        self._held.close()
         return codes
 
     def text(self, rank):

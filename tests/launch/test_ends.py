@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -21,7 +22,7 @@ MORE = "--mock-data --pipeline-model-parallel-size 2"
 
 def _fail_alone(rank, run):
     """What the ranks say when rank 1 alone has a fault of its own."""
-    from noflush.launch.training.last_words import last_words
+    from noflush.last_words import explain
     from noflush.launch.training.start import join
 
     join(run.ranks)
@@ -30,26 +31,44 @@ def _fail_alone(rank, run):
             raise OSError("No space left on device\nand more")
         torch.distributed.barrier()
     except Exception as error:
-        said = last_words(error, rank, 2)
+        said = explain(error)
         if rank == 1:
             torch.distributed.destroy_process_group()  # as its end would
-        return said
+        return said.accused, said.sentence
 
 
-def test_a_rank_with_a_fault_of_its_own_accuses_nobody(tmp_path):
+def test_a_rank_with_a_fault_of_its_own_accuses_nobody_and_is_repeated(tmp_path):
     run = settings("--pipeline-model-parallel-size 2", 2, tmp_path)
     results = run_ranks(_fail_alone, 2, run=run, expect_errors=True)
-    assert results[1] == {1: "failed: OSError: No space left on device"}
+    assert results == [(1, "stage 1 (rank 1) failed: OSError: No space left on device")] * 2
 
 
 def test_errors_about_peers_are_told_from_a_ranks_own():
     from noflush.channels import PeerError
-    from noflush.launch.training.last_words import is_about_peers
+    from noflush.last_words import is_about_peers
 
     gloo = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:16769")
-    assert all(is_about_peers(e) for e in (PeerError("x"), gloo, torch.distributed.DistNetworkError("x")))
+    late = RuntimeError("Application timeout caused pair closure")
+    assert all(is_about_peers(e) for e in (PeerError("x"), gloo, late, torch.distributed.DistNetworkError("x")))
     own = (OSError("No space left"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"), StopIteration())
     assert not any(is_about_peers(e) for e in own)
+
+
+def test_the_advice_names_only_what_is_there(tmp_path):
+    from noflush.launch.training.last_words import advice
+
+    def given(save, load):
+        return advice(dataclasses.replace(none, save=save and str(tmp_path / save), load=load and str(tmp_path / load)))
+
+    none = settings("", 1, tmp_path).checkpoints
+    (tmp_path / "full" / "global_step4").mkdir(parents=True)
+    write_latest(tmp_path / "full", "global_step4")
+    (tmp_path / "empty").mkdir()
+    assert given(None, None).startswith("nothing was saved: give --save")
+    for save in ("empty", "not_there"):
+        assert given(save, save) == f"no checkpoint is complete in {tmp_path / save} yet: start again as before"
+        assert f"global_step4, start again with --load {tmp_path / 'full'}" in given(save, "full")
+    assert f"global_step4, start again with --load {tmp_path / 'full'}" in given("full", None)
 
 
 def test_a_checkpoint_of_a_name_that_is_there_replaces_it_whole(tmp_path):

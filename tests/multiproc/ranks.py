@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from noflush.demo.port import held_port
 
 # The server imports torch, DeepSpeed and Megatron once; ranks are forked from it before any thread or group exists.
 _context = multiprocessing.get_context("forkserver")
@@ -29,12 +30,6 @@ _context.set_forkserver_preload(
 
 class RankError(AssertionError):
     """A rank failed or did not end in time; carries every rank's traceback."""
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _main(function, rank, world, port, folder, environment, kwargs):
@@ -63,13 +58,12 @@ def _main(function, rank, world, port, folder, environment, kwargs):
         os._exit(1)
 
 
-def run_ranks(function, world, timeout=120, expect_errors=False, environment=(), **kwargs):
+def run_ranks(function, world, timeout=120, expect_errors=False, environment=(), stopped=(), **kwargs):
     """``[function(rank, **kwargs) for rank in ...]`` on ``world`` ranks.
 
-    With ``expect_errors``, a failed rank's entry is ``(type name, message)``.
+    With ``expect_errors``, a failed rank's entry is ``(type name, message)``. Ranks in ``stopped`` are not waited for.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    with held_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = [
             _context.Process(target=_main, args=(function, rank, world, port, folder, dict(environment), kwargs))
             for rank in range(world)
@@ -77,9 +71,10 @@ def run_ranks(function, world, timeout=120, expect_errors=False, environment=(),
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout
-        for process in ranks:
-            process.join(max(0.1, deadline - time.monotonic()))
-        late = [i for i, process in enumerate(ranks) if process.is_alive()]
+        waited_for = [i for i in range(world) if i not in stopped]
+        for i in waited_for:
+            ranks[i].join(max(0.1, deadline - time.monotonic()))
+        late = [i for i in waited_for if ranks[i].is_alive()]
         for process in ranks:
             process.kill()
             process.join()

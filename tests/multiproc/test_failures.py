@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +25,13 @@ def die_in_the_middle(rank, victim):
         engine.train_batch(iter(t.data(1, seed=call)))
 
 
-@pytest.mark.parametrize("victim", [0, 2, 3])
-def test_a_dead_peer_ends_the_job_and_is_named(victim):
+def accused(message):
+    """The stages that an error accuses of having ended or of being silent."""
+    return set(re.findall(r"[Ss]tage (\d) \(rank \d\) (?:is gone|has been silent|failed)", message))
+
+
+@pytest.mark.parametrize("victim", range(4))
+def test_a_dead_peer_ends_the_job_and_it_alone_is_accused(victim):
     start = time.monotonic()
     results = run_ranks(die_in_the_middle, 4, timeout=100, expect_errors=True, victim=victim)
     assert time.monotonic() - start < 80
@@ -31,8 +39,53 @@ def test_a_dead_peer_ends_the_job_and_is_named(victim):
         if rank != victim:
             assert result[0] == "PeerError"
             assert f"stage {rank}" in result[1]
-    neighbour = results[victim + 1 if victim < 3 else 2]
-    assert f"stage {victim} (rank {victim})" in neighbour[1]
+            # Stage 0 keeps the store: without it those that are not its neighbour cannot know, and say so.
+            knows = victim != 0 or rank == 1
+            assert accused(result[1]) == ({str(victim)} if knows else set()), result[1]
+            if knows:
+                assert f"tage {victim} (rank {victim}) is gone: its connection to stage" in result[1]
+                assert "was closed" in result[1]
+
+
+def stop_in_the_middle(rank, victim):
+    engine = t.build(4, t.ds_config(1, block={"peer_timeout_s": 6}))
+    for call in range(50):
+        if rank == victim and call == 6:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        engine.train_batch(iter(t.data(1, seed=call)))
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stopped_peer_ends_the_others_and_it_alone_is_called_silent(victim):
+    """Stage 0 keeps the store, which then takes questions and never answers."""
+    start = time.monotonic()
+    results = run_ranks(stop_in_the_middle, 4, timeout=60, expect_errors=True, victim=victim, stopped=[victim])
+    assert time.monotonic() - start < 40  # 6 s of peer_timeout_s, and at most 6 more to hear the others
+    for rank, result in enumerate(results):
+        if rank != victim:
+            assert result[0] == "PeerError"
+            assert accused(result[1]) == {str(victim)}, result[1]
+            assert "is gone" not in result[1]
+
+
+def fail_alone(rank):
+    engine = t.build(4, t.ds_config(1, block={"peer_timeout_s": 15}))
+    if rank == 3:
+        engine.module.loss_fn = engine.loss_model = lambda outputs, labels: Path("/nothing/here").read_text()
+    for call in range(9):
+        try:
+            engine.train_batch(iter(t.data(1, seed=call)))
+        except FileNotFoundError as error:
+            sys.excepthook(type(error), error, error.__traceback__)  # as the interpreter would
+            raise
+
+
+def test_a_stage_that_fails_by_itself_says_what_and_the_others_repeat_it():
+    *others, last = run_ranks(fail_alone, 4, timeout=100, expect_errors=True)
+    assert last[0] == "FileNotFoundError"
+    for result in others:
+        assert result[0] == "PeerError"
+        assert "tage 3 (rank 3) failed: FileNotFoundError: [Errno 2] No such file" in result[1]
 
 
 def hang_in_the_middle(rank):
@@ -44,10 +97,12 @@ def hang_in_the_middle(rank):
 
 
 def test_a_stuck_peer_ends_the_wait():
-    first, _ = run_ranks(hang_in_the_middle, 2, timeout=100, expect_errors=True)
+    first, second = run_ranks(hang_in_the_middle, 2, timeout=100, expect_errors=True)
     assert first[0] == "PeerError"
     assert "stage 0 gave up waiting for gradient" in first[1]
     assert "sent nothing for 5 s" in first[1]
+    assert accused(first[1]) == {"1"}
+    assert accused(second[1]) == set(), second[1]  # it was late itself, and the other has left because of it
 
 
 def forget_the_swap(rank):

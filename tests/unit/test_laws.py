@@ -12,13 +12,28 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "plugin" / "noflush"
 LAUNCH = ROOT / "launch"
-PURE = ["schedule", "deadlock", "config", "timing", "plan", "progress", "loss_scale", "kernels.scalars", "figures"]
+PURE = [
+    "schedule",
+    "posting",
+    "deadlock",
+    "config",
+    "timing",
+    "plan",
+    "progress",
+    "loss_scale",
+    "kernels.scalars",
+    "figures",
+    "blame",
+    "host_config",
+    "host_optimizers",
+]
 PURE_IN_LAUNCH = [
     "ranks",
     "signals",
     "arguments.parser",
     "arguments.meaning",
     "arguments.settings",
+    "arguments.progress",
     "gpt.size",
     "refusal",
     "training.checkpoint_faults",
@@ -33,6 +48,9 @@ NO_HOST = [
         "optim",
         "simulate",
         "channels",
+        "last_words",
+        "exit_guard",
+        "keeper",
         "runner",
         "intake",
         "guard",
