@@ -25,6 +25,7 @@ from noflush.launch.pretrain_gpt import settings_of
 from noflush.launch.refusal import RefusedError
 from tests.launch.megatron import SMALL
 from tests.launch.test_data import tokens
+from tests.launch.unprivileged import without_rights_to
 
 DOCUMENTS = ([1, 2, 3], [4], [5, 6, 7, 8])
 
@@ -110,14 +111,8 @@ def test_a_pair_beyond_one_piece(tmp_path, monkeypatch):
 @pytest.mark.parametrize("ending", ["idx", "bin"])
 def test_a_pair_that_may_not_be_read(ending, tmp_path):
     prefix = write_pair(tmp_path / "d")
-    (tmp_path / f"d.{ending}").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    os.seteuid(65534)
-    try:
+    with without_rights_to(tmp_path / f"d.{ending}"):
         faults = prefix_faults(prefix)
-    finally:
-        os.seteuid(0)
     assert faults == [f"data path {prefix}: {prefix}.{ending} cannot be read (Permission denied)"]
 
 

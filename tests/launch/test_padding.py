@@ -230,14 +230,15 @@ def _batches(seed):
 
 def _train(rank, argv, ranks):
     """Losses of six iterations, then of two held-out micro-batches; a checkpoint."""
+    from noflush.checkpoint import newest_complete
+    from noflush.launch.arguments.progress import Position
     from noflush.launch.training import checkpoints
-    from noflush.launch.training.progress import Position
     from noflush.launch.training.start import build_engine, join
 
     settings, _ = settings_of(argv, ranks)
     join(settings.ranks)
     engine = build_engine(settings)
-    assert checkpoints.load(engine, settings.checkpoints) is not None
+    assert checkpoints.load(engine, settings.checkpoints, newest_complete(settings.checkpoints.load)) is not None
     data = _batches(1)
     losses = [float(engine.train_batch(data_iter=data)) for _ in range(6)]
     checkpoints.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=6))

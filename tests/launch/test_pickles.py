@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
+import fractions
 import os
 import pickle
 import random
@@ -108,8 +108,8 @@ def test_streams_that_no_torch_wrote(tmp_path, stream, said):
 
 
 def test_a_class_of_a_users_own_is_named(tmp_path):
-    fault = file_fault(saved(tmp_path, {"args": argparse.Namespace(lr=1)}))
-    assert "would run argparse.Namespace when it is loaded" in fault
+    fault = file_fault(saved(tmp_path, {"rate": fractions.Fraction(1, 2)}))
+    assert "would run fractions.Fraction when it is loaded" in fault
 
 
 def test_what_is_no_file_of_torchs_is_said(tmp_path):

@@ -23,6 +23,7 @@ from noflush.launch.data.tokenizer import Tokenizer, make_tokenizer
 from noflush.launch.preprocess_data import main
 from tests.launch import runs
 from tests.launch.test_data import tokens
+from tests.launch.unprivileged import without_rights_to
 
 NULL = tokens(type="NullTokenizer", vocab_size=100)
 GOOD = b'{"text": "1 2"}\n'
@@ -194,14 +195,8 @@ def test_a_bad_file_is_named(name, tmp_path, out, capsys):
 def test_a_file_that_may_not_be_read(tmp_path, out, capsys):
     path = tmp_path / "in.jsonl"
     path.write_bytes(GOOD)
-    path.chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    os.seteuid(65534)
-    try:
+    with without_rights_to(path):
         status = preprocess(out, path)
-    finally:
-        os.seteuid(0)
     assert f"--input {path}: cannot be read (Permission denied)" in refused(status, out, capsys)
 
 
