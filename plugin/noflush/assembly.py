@@ -18,7 +18,9 @@ from noflush.host_weights import HostWeights
 from noflush.intake import Intake
 from noflush.kernels.choice import choose
 from noflush.payloads import TensorSpec
+from noflush.peer_watch import PeerWatch
 from noflush.posting import Posting
+from noflush.prefetch import Prefetch
 from noflush.runner import StageRunner
 from noflush.schedule import Schedule
 from noflush.stage_update import FusedUpdate, HostUpdate, StageUpdate
@@ -62,6 +64,13 @@ def make_runner(
     )
 
 
+def make_watch(neighbours: Neighbours, backend: str) -> PeerWatch:
+    """The watch over ``neighbours``, begun; nobody is watched on gloo, whose waits notice by themselves."""
+    watch = PeerWatch(() if backend == "gloo" else neighbours.watched)
+    watch.start()
+    return watch
+
+
 def _attend(engine: Any) -> None:
     """From now on this rank leaves its reason when it ends, under the name that its stage gives it."""
     stages = {
@@ -87,7 +96,15 @@ def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any]
             group = dist.new_group(readers, timeout=timedelta(seconds=block.peer_timeout_s), backend="gloo")
         replicas = group if engine.is_first_stage() else None
     reads = engine.is_first_stage() or engine.is_last_stage()
-    return Intake(engine.micro_batches, reads, pull, neighbours.control_in, neighbours.control_out, replicas)
+    return Intake(
+        engine.micro_batches,
+        reads,
+        pull,
+        Prefetch(torch.device(engine.device)),
+        neighbours.control_in,
+        neighbours.control_out,
+        replicas,
+    )
 
 
 def make_update(

@@ -1,8 +1,8 @@
 """Messages between neighbouring stages: non-blocking sends, receives posted into buffers of their own.
 
 Each pair of neighbours has three process groups of two ranks: activations down, gradients up, and control down
-(small CPU messages). Traffic of one kind never waits behind another, on gloo or on NCCL, where all messages of
-a group share one stream.
+(small CPU messages); over NCCL a fourth, for `peer_watch`. Traffic of one kind never waits behind another, on gloo or
+on NCCL, where all messages of a group share one stream.
 
 A gloo `Work.is_completed()` stays False until somebody waits, so a finished send cannot be found by asking: sends are
 *retired by protocol*, when a later message proves that the peer has consumed them. When receives are posted is decided
@@ -197,7 +197,10 @@ class ControlIn:
 
 @dataclass
 class Neighbours:
-    """Every channel of one stage; None where there is no neighbour."""
+    """Every channel of one stage; None where there is no neighbour.
+
+    ``watched``: the neighbours, by gloo groups that are for `PeerWatch` alone; none over gloo, which needs no watch.
+    """
 
     activations_out: Outbox | None = None
     activations_in: Inbox | None = None
@@ -205,6 +208,7 @@ class Neighbours:
     gradients_in: Inbox | None = None
     control_out: ControlOut | None = None
     control_in: ControlIn | None = None
+    watched: tuple[Peer, ...] = ()
 
     @property
     def open_sends(self) -> int:
@@ -243,7 +247,7 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
         device: where activations and gradients live.
         timeout_s: how long a wait may last.
     """
-    neighbours = Neighbours()
+    neighbours, over_gloo = Neighbours(), dist.get_backend() == "gloo"
     patience, attention = timedelta(seconds=timeout_s), Attention(timeout_s)
     far = partial(Peer, own_rank=rank, timeout_s=timeout_s, attention=attention)
     with without_splits():
@@ -253,16 +257,19 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
                 down = dist.new_group(pair, timeout=patience)
                 up = dist.new_group(pair, timeout=patience)
                 control = dist.new_group(pair, timeout=patience, backend="gloo")
+                watch = None if over_gloo else dist.new_group(pair, timeout=patience, backend="gloo")
                 if rank == pair[0]:
                     below = partial(far, rank=pair[1], stage=s + 1, own_stage=s)
                     neighbours.activations_out = Outbox(below(down), "activation", device)
                     neighbours.gradients_in = Inbox(below(up), "gradient", device)
                     neighbours.control_out = ControlOut(below(control))
+                    neighbours.watched += () if over_gloo else (below(watch),)
                 elif rank == pair[1]:
                     above = partial(far, rank=pair[0], stage=s, own_stage=s + 1)
                     neighbours.activations_in = Inbox(above(down), "activation", device)
                     neighbours.gradients_out = Outbox(above(up), "gradient", device)
                     neighbours.control_in = ControlIn(above(control))
+                    neighbours.watched += () if over_gloo else (above(watch),)
     if device.type != "cpu":
         neighbours.warm_up()
     return neighbours

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import math
 import sys
-import time
 from collections import OrderedDict, deque
 from dataclasses import replace
 from typing import Any
@@ -21,10 +20,11 @@ from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
-from noflush.assembly import make_intake, make_runner, make_update, posting_of
+from noflush.assembly import make_intake, make_runner, make_update, make_watch, posting_of
 from noflush.checkpoint import write_latest
 from noflush.config import AsyncPipelineConfig
 from noflush.deadlock import prove
+from noflush.device_time import DeviceTimes
 from noflush.figures import StageFigures
 from noflush.flat_optimizer import DelayAwareOptimizer
 from noflush.guard import UpdateGuard
@@ -96,7 +96,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
         layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
         self._nf_reports = BatchReports(layout, self.stage_id, torch.device(self.device))
-        self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir)
+        clock = DeviceTimes() if torch.device(self.device).type == "cuda" else None
+        self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir, device=clock)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
@@ -104,6 +105,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices(block.clip == "global")
         )
         runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
+        self._nf_watch = make_watch(runner.neighbours, dist.get_backend())
         self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
         self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
         self._nf_guard = UpdateGuard(block, schedule, self.stage_id, layout, self._nf_scales_dynamically())
@@ -196,23 +198,24 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
-        start = time.perf_counter_ns()
+        begun = self._nf_recorder.begin(None)
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         runner = self._nf_runner
         if not runner.calls and runner.first_micro_batch != self.global_steps * self.micro_batches:
             # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
             self._nf_renumber()
-        self._nf_open_call()
-        self.module.train()
-        self._compute_loss = True
-        self.fwd_outputs: list[Any] = []
-        self._nf_updated = False
-        self._nf_runner.run_call()
+        with self._nf_watch.on_duty():
+            self._nf_open_call()
+            self.module.train()
+            self._compute_loss = True
+            self.fwd_outputs: list[Any] = []
+            self._nf_updated = False
+            self._nf_runner.run_call()
         self.global_steps += 1
         self.global_samples += self._nf_samples_per_call
         self._step_applied = self._nf_updated
-        self._nf_recorder.add_call(start, time.perf_counter_ns())
+        self._nf_recorder.end_call(begun)
         self._nf_after_call()
         return self.agg_train_loss.clone()
 
@@ -246,7 +249,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
         self.module.train()
-        with self._nf_recorder.outside_calls():
+        with self._nf_recorder.outside_calls(), self._nf_watch.on_duty():
             self._nf_runner.drain()
         self.module.train(was_training)
         if self.fp16_enabled():
@@ -447,7 +450,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.reset_activation_shape()
         self._nf_evaluating = True
         try:
-            return super().eval_batch(*args, **kwargs)
+            with self._nf_watch.on_duty():
+                return super().eval_batch(*args, **kwargs)
         finally:
             self._nf_evaluating = False
             self.pipe_buffers, self.num_pipe_buffers, was_training = training
@@ -465,8 +469,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.drain()
         self._nf_guard.saved_to = save_dir
         tag = str(tag or f"global_step{self.global_steps}")
-        result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
-        dist.barrier()
+        with self._nf_watch.on_duty():
+            result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
+            dist.barrier()
         if save_latest and self.global_rank == 0:
             write_latest(save_dir, tag)
         return result

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from noflush.channels import ControlIn, ControlOut
 from noflush.figures import StageFigures, read_figures
 from noflush.last_words import PeerError
+from noflush.prefetch import Prefetch
 
 
 class DataExhausted(StopIteration):
@@ -64,6 +65,7 @@ class Intake:
         gas: K, micro-batches a call.
         reads: whether this stage reads data (the first and the last do).
         pull: the next micro-batch of this rank's iterator; raises StopIteration at its end.
+        prefetch: brings micro-batches to the device while the call runs.
         control_in, control_out: links to the stages before and after.
         replicas: gloo group of the first stage's data-parallel replicas, which must stop together; or None.
     """
@@ -73,6 +75,7 @@ class Intake:
         gas: int,
         reads: bool,
         pull: Callable[[], Any],
+        prefetch: Prefetch,
         control_in: ControlIn | None,
         control_out: ControlOut | None,
         replicas: dist.ProcessGroup | None,
@@ -80,6 +83,7 @@ class Intake:
         self._gas = gas
         self._reads = reads
         self._pull = pull
+        self._prefetch = prefetch
         self._in = control_in
         self._out = control_out
         self._replicas = replicas
@@ -88,7 +92,7 @@ class Intake:
 
     def next(self) -> Any:
         """The next micro-batch of the call under way."""
-        return self._pending.popleft()
+        return self._prefetch.take(self._pending.popleft())
 
     def set_gas(self, gas: int) -> None:
         """From the next call on a call has ``gas`` micro-batches."""
@@ -147,7 +151,7 @@ class Intake:
     def _fill(self, count: int) -> None:
         while self._reads and len(self._pending) < count:
             try:
-                self._pending.append(self._pull())
+                self._pending.append(self._prefetch.start(self._pull()))
             except StopIteration:
                 return
 

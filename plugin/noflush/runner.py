@@ -13,7 +13,6 @@ and between them, where `posting` says so, the receives are posted (PA, PG).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -137,10 +136,10 @@ class StageRunner:
             if action.op in POSTS:  # no time worth an event
                 self._do[action.op](action.index)
                 continue
-            start = time.perf_counter_ns()
+            begun = self.recorder.begin(action.op)
             self._do[action.op](action.index)
             first = self.first_version if action.op is Op.UPDATE else self.first_micro_batch
-            self.recorder.add(action.op, first + action.index, start, time.perf_counter_ns())
+            self.recorder.end(action.op, first + action.index, begun)
         self.ring.bind_newest()
 
     def _global(self, m: int) -> int:

@@ -1,8 +1,8 @@
 """What each rank did when: the events of the actions, the measured bubble, and the files they are written to.
 
 Recording an event costs about a microsecond and a fixed amount of memory: the newest events are kept, older
-ones overwritten, in memory as in the file. Times are host times, so on an accelerator that runs ahead of the
-host they show when work was issued.
+ones overwritten, in memory as in the file. Their times are host times, so on an accelerator, which the host runs
+ahead of, they show when work was issued; the bubble is measured by the device's own clock there (`device_time`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +33,23 @@ _NAMES = {
     Op.SEND_GRAD: "send gradient",
     Op.RECV_GRAD: "wait for gradient",
 }
+
+
+Begun = tuple[int, Any]
+"""When an action began: `time.perf_counter_ns`, and the device's mark of it."""
+
+
+class DeviceClock(Protocol):
+    """What measures a device's work: `device_time.DeviceTimes`."""
+
+    def mark(self) -> Any:
+        """Now, on the device's stream."""
+
+    def add(self, op: Op | None, start: Any) -> None:
+        """What was enqueued since ``start`` was ``op``, or a whole call."""
+
+    def settle(self) -> list[tuple[Op | None, int]]:
+        """(op, nanoseconds) of what is over."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +82,19 @@ class Recorder:
         rank: global rank, names the file.
         folder: where `write` puts ``rank<k>.json``; None writes nothing.
         capacity: events kept, and a quarter as many calls.
+        device: the device's clock, whose times the sums are then made of; None: the host's times are the compute's.
     """
 
-    def __init__(self, stage: int, rank: int, folder: str | None = None, capacity: int = 5_000) -> None:
+    def __init__(
+        self,
+        stage: int,
+        rank: int,
+        folder: str | None = None,
+        capacity: int = 5_000,
+        device: DeviceClock | None = None,
+    ) -> None:
         self.stage = stage
+        self._device = device
         self._path = Path(folder) / f"rank{rank}.json" if folder else None
         self._rank = rank
         self._events = np.zeros((capacity, 4), dtype=np.int64)
@@ -81,33 +107,71 @@ class Recorder:
         # Same-host ranks share the monotonic clock; across hosts the wall clock lines them up.
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
+    def begin(self, op: Op | None) -> Begun:
+        """An action begins, or a whole call (None): what `add` and `add_call` take."""
+        marked = self._device.mark() if self._device is not None and (op is None or op in COMPUTE) else None
+        return time.perf_counter_ns(), marked
+
+    def end(self, op: Op, index: int, begun: Begun) -> None:
+        """Records the action that began as ``begun``."""
+        start_ns, marked = begun
+        if marked is not None:
+            assert self._device is not None
+            self._device.add(op, marked)
+        self.add(op, index, start_ns, time.perf_counter_ns())
+
+    def end_call(self, begun: Begun) -> None:
+        """Records the whole `train_batch` call that began as ``begun``."""
+        start_ns, marked = begun
+        if marked is not None:
+            assert self._device is not None
+            self._device.add(None, marked)
+        self.add_call(start_ns, time.perf_counter_ns())
+
     def add(self, op: Op, index: int, start_ns: int, end_ns: int) -> None:
         """Records an action that ran from ``start_ns`` to ``end_ns`` (`time.perf_counter_ns`)."""
         code = _CODE[op]
         self._events[self._count % len(self._events)] = (code, index, start_ns, end_ns)
         self._count += 1
-        self._busy_ns[code] += end_ns - start_ns
-        self._times[code] += 1
+        if self._device is None or op not in COMPUTE:
+            self._busy_ns[code] += end_ns - start_ns
+            self._times[code] += 1
 
     def add_call(self, start_ns: int, end_ns: int) -> None:
         """Records one whole `train_batch` call, against whose time the bubble is measured."""
         self._calls.append((start_ns, end_ns))
-        self._spent_ns += end_ns - start_ns
+        if self._device is None:
+            self._spent_ns += end_ns - start_ns
+
+    def _settle(self) -> None:
+        for op, ns in self._device.settle() if self._device is not None else ():
+            if op is None:
+                self._spent_ns += ns
+            else:
+                self._busy_ns[_CODE[op]] += ns
+                self._times[_CODE[op]] += 1
 
     def totals(self) -> tuple[int, int]:
         """Nanoseconds of compute, and nanoseconds in `train_batch`, since the run began."""
+        self._settle()
         busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
         return self._taken_ns[0] + busy, self._taken_ns[1] + self._spent_ns
 
     @contextmanager
     def outside_calls(self) -> Iterator[None]:
         """What is recorded within is no call's, as a drain is not: kept as events, left out of the interval's sums."""
-        busy, times = list(self._busy_ns), list(self._times)
+        self._settle()
+        busy, times, device = list(self._busy_ns), list(self._times), self._device
+        self._device = None
         yield
-        self._busy_ns, self._times = busy, times
+        self._busy_ns, self._times, self._device = busy, times, device
 
     def take_interval(self) -> dict[str, float]:
-        """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name."""
+        """Sums since the last take: ``seconds``, ``bubble`` (share of them without compute), ms an action by name.
+
+        On an accelerator of what the device has finished, which is a call or two less.
+        """
+        self._settle()
         busy = sum(ns for op, ns in zip(_OPS, self._busy_ns, strict=True) if op in COMPUTE)
         summary = {
             "seconds": self._spent_ns / 1e9,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from noflush.intake import DataExhausted, Intake, Notices
+from noflush.prefetch import Prefetch
+
+CPU = Prefetch(torch.device("cpu"))
 
 
 def test_overflows_told_in_a_call_without_data_are_heard_in_the_next():
     data = iter([1])
-    intake = Intake(2, True, lambda: next(data), None, None, None)
+    intake = Intake(2, True, lambda: next(data), CPU, None, None, None)
     with pytest.raises(DataExhausted, match="after 1 of 2 micro-batches"):
         intake.open_call(0, 0, Notices(overflows=(7,)))
     data = iter([2])
@@ -20,5 +24,5 @@ def test_overflows_told_in_a_call_without_data_are_heard_in_the_next():
 
 
 def test_a_call_that_stops_the_run_pulls_nothing():
-    intake = Intake(1, True, lambda: pytest.fail("pulled"), None, None, None)
+    intake = Intake(1, True, lambda: pytest.fail("pulled"), CPU, None, None, None)
     assert intake.open_call(5, 5, Notices(stopped_by=(2, 100))).stopped_by == (2, 100)
