@@ -64,11 +64,9 @@ def script(rank, world, save, victim):
 
     import noflush
     from noflush.checkpoint import newest_complete
-    from noflush.patches.deepspeed import skip_shared_memory_build
     from tests.multiproc import training as t
 
     noflush.register()
-    skip_shared_memory_build()
     torch.set_num_threads(1)
     victim.at("meeting")
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=MEETING_TIMEOUT_S), verbose=False)
