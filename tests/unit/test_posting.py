@@ -24,6 +24,33 @@ def schedules(stages, gas_up_to, extras=(0, 1, 2, 3, 4)):
             yield Schedule(p, gas, name, extra_in_flight=extra)
 
 
+def words(actions):
+    return " ".join(str(a)[1:] for a in actions)
+
+
+def test_three_stages_by_hand():
+    s = Schedule(3, 1)
+    assert [words(call_order(s, "in_step", stage, 3)) for stage in range(3)] == [
+        # Gradient 1 was sent before activation 3 is taken below, and gradient 2 after it: posted at the end.
+        "F3 SA3 PG1 RG1 B1 U1 PG2",
+        "PA3 RA3 F3 SA3 PG2 RG2 B2 SG2 U2 PG3",
+        "PA3 RA3 F3 B3 SG3 U3",
+    ]
+    assert words(drain_order(s, "in_step", 0, 4)) == "PG2 RG2 B2 U2 PG3 RG3 B3 U3"
+    assert [words(call_order(s, "ahead", stage, 3)) for stage in range(3)] == [
+        "F3 SA3 RG1 PG3 B1 U1",  # two are kept posted, but none whose activation was not sent
+        "PA3 RA3 PA5 F3 PG3 SA3 RG2 B2 SG2 U2",
+        "PA3 RA3 PA5 F3 B3 SG3 U3",
+    ]
+
+
+def test_a_gradients_receive_is_posted_before_the_activation_that_follows_it_below():
+    # K = 2: stage 1 sends gradient 0 after activation 1, the last of call 0, and gradient 1 between activations 2 and 3.
+    assert words(call_order(Schedule(3, 2), "in_step", 0, 0)) == "F0 SA0 F1 SA1 PG0"
+    order = words(call_order(Schedule(3, 2), "in_step", 0, 1)).split()
+    assert order.index("SA2") < order.index("PG1") < order.index("SA3")
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 8, 12, 16])
 def test_in_step_no_host_hangs(stages):
     for schedule in schedules([stages], 16):
