@@ -45,7 +45,7 @@ def test_three_stages_by_hand():
 
 
 def test_a_gradients_receive_is_posted_before_the_activation_that_follows_it_below():
-    # K = 2: stage 1 sends gradient 0 after activation 1, the last of call 0, and gradient 1 between activations 2 and 3.
+    # K = 2: stage 1 sends gradient 0 after activation 1, at the end of call 0, gradient 1 between activations 2 and 3.
     assert words(call_order(Schedule(3, 2), "in_step", 0, 0)) == "F0 SA0 F1 SA1 PG0"
     order = words(call_order(Schedule(3, 2), "in_step", 0, 1)).split()
     assert order.index("SA2") < order.index("PG1") < order.index("SA3")
