@@ -94,7 +94,7 @@ def _follow(
             return Verdict(None, f"{name(at.rank)} lost a peer and does not know which", sure=False)
         if target == own.rank:
             return Verdict(
-                own.rank, f"{name(own.rank)} was silent for {at.seconds:.0f} s, and {name(at.rank)} gave up on it"
+                own.rank, f"{name(own.rank)} was silent{_for(at.seconds)}, and {name(at.rank)} gave up on it"
             )
         if target in passed:
             pair = f"{name(at.rank)} and {name(target)}"
@@ -110,7 +110,7 @@ def _follow(
 def _said_nothing(at: Words, target: int, own: Words, store: Store, keeper: int | None, name: Name) -> Verdict:
     """``at`` lost ``target``, which left no words, or none that could be read."""
     gone = Verdict(target, f"{name(target)} is gone: its connection to {name(at.rank)} was closed")
-    silent = Verdict(target, f"{name(target)} has been silent for {at.seconds:.0f} s: stopped, stuck or cut off", False)
+    silent = Verdict(target, f"{name(target)} has been silent{_for(at.seconds)}: stopped, stuck or cut off", False)
     if store == "silent" and keeper is not None:
         if target == keeper and at.how == "closed":
             return gone
@@ -122,7 +122,7 @@ def _said_nothing(at: Words, target: int, own: Words, store: Store, keeper: int 
     if own.absent and own.how == "closed":
         return Verdict(
             None,
-            f"{name(target)} has ended; {name(own.rank)} had not listened for {own.seconds:.0f} s, longer than its "
+            f"{name(target)} has ended; {name(own.rank)} had not listened{_for(own.seconds)}, longer than its "
             "peers wait: they may have given up on it",
         )
     if target == keeper and at.how == "closed":
@@ -153,7 +153,12 @@ def _without_a_name(
         (last,) = missing
         if own.how == "closed":
             return Verdict(last, f"{name(last)} is gone: a connection was closed, and all others said why they end")
-        return Verdict(last, f"{name(last)} has been silent for {own.seconds:.0f} s: stopped, stuck or cut off", False)
-    heard = "a connection was closed" if own.how == "closed" else f"nothing came for {own.seconds:.0f} s"
+        return Verdict(last, f"{name(last)} has been silent{_for(own.seconds)}: stopped, stuck or cut off", False)
+    heard = "a connection was closed" if own.how == "closed" else f"nothing came{_for(own.seconds)}"
     listed = ", ".join(map(name, missing[:8])) + (", ..." if len(missing) > 8 else "")
     return Verdict(None, f"{heard}, it is not known by whom; not heard from: {listed}", sure=False)
+
+
+def _for(seconds: float) -> str:
+    """How long something lasted, if that is known."""
+    return f" for {seconds:.0f} s" if seconds >= 0.5 else ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from torch.distributed import DistError, distributed_c10d
+from torch.distributed import DistError, DistNetworkError, distributed_c10d
 
 from noflush.blame import Store, Verdict, Words, judge
 from noflush.exit_guard import end_within
@@ -97,7 +97,9 @@ def explain(error: BaseException) -> Verdict:
     if _scene.verdict is not None:
         return _scene.verdict
     if is_about_peers(error):
-        return leave(Words(_scene.rank, how="silent" if ran_out(error) else "closed"))
+        # Of a collective it is not known whose connection failed; of the store it is.
+        lost = _scene.keeper if isinstance(error, DistNetworkError) and _scene.keeper != _scene.rank else None
+        return leave(Words(_scene.rank, lost=lost, how="silent" if ran_out(error) else "closed"))
     first = (str(error).strip().splitlines() or [""])[0]
     return leave(Words(_scene.rank, fault=f"{type(error).__name__}: {first}".rstrip(": ")))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import hashlib
+import multiprocessing.process
 import os
 import re
 import shutil
@@ -27,6 +28,10 @@ from noflush.demo.port import held_port
 from tests.faults import gpt, plain
 from tests.faults.cases import CASES, Case
 from tests.multiproc.ranks import _context
+
+# At every start multiprocessing asks all children for their ends; from another thread than the one that waits for a
+# child, it would take the answer away.
+multiprocessing.process._cleanup = lambda: None
 
 WORLD = {"plain": 3, "gpt": 2}
 MARGIN = 30.0

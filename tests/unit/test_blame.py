@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 
-from noflush.blame import Words, judge
+from noflush.blame import Verdict, Words, judge
 
 
 def name(rank):
@@ -127,3 +129,27 @@ def test_nobody_who_left_words_about_another_is_ever_accused():
                 if any(w.rank == 0 for w in said) and not any(w.rank == 1 for w in said) and own.rank != 1:
                     continue
                 assert verdict(own, said, 6).accused in (victim, None)
+
+
+def test_a_store_whose_connection_broke_is_its_keepers():
+    """Not "it is not known by whom": what broke was no collective."""
+    verdict = judge(Words(1, lost=0), {}, 3, "refuses", 0, "stage {}".format)
+    assert verdict == Verdict(0, "stage 0 is gone: its connection to stage 1 was closed")
+
+
+def test_a_time_that_is_not_known_is_not_said():
+    verdict = judge(Words(0, how="silent"), {1: Words(1)}, 3, "answers", 0, "stage {}".format)
+    assert verdict.sentence == "stage 2 has been silent: stopped, stuck or cut off"
+
+
+def test_an_error_of_the_store_itself_is_laid_to_its_keeper():
+    code = """
+from torch.distributed import DistNetworkError
+from noflush import last_words
+class Broken:
+    def set(self, key, value): raise RuntimeError("connection reset")
+last_words.attend(1, 3, "stage {}".format, Broken())
+print(last_words.explain(DistNetworkError("sendBytes failed")).sentence)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "stage 0 is gone: its connection to stage 1 was closed", done.stderr
