@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import noflush
+from noflush.groups import without_splits
 from noflush.last_words import attend
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
@@ -46,9 +47,10 @@ def join(ranks: Ranks, store: Any = None) -> None:
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-    parallel_state.initialize_model_parallel(
-        ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
-    )
+    with without_splits():
+        parallel_state.initialize_model_parallel(
+            ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
+        )
     megatron_core.patch()
     checkpointing.configure(mpu_=parallel_state)
 
