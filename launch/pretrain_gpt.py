@@ -45,11 +45,13 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
     from noflush.launch.training.checkpoints import model_faults
+    from noflush.launch.training.devices import device_faults
     from noflush.launch.training.vocabulary import with_vocabulary
     from noflush.launch.training.writers import board_needed
 
     settings, without_meaning = understand(argv, world)
     faults = file_faults(settings) + board_needed(settings)
+    faults += [] if settings.dry_run else device_faults(settings, os.environ)
     faults += folder_faults(settings.checkpoints, trains=not settings.steps.skip_train)
     if not faults:
         try:
@@ -97,7 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         if found.rank == 0:
             print_dry_run(settings, lines)
         return 0
-    export(found, os.environ)
+    import torch
+
+    try:
+        found = export(found, os.environ, torch.cuda.device_count())
+    except ValueError as error:
+        print(f"noflush: {error}", file=sys.stderr)  # noqa: T201
+        return 2
     print(found, flush=True)  # noqa: T201
     return _train(settings, found, lines, count, signals)
 
