@@ -7,6 +7,7 @@ srun python launch/pretrain_gpt.py ARGUMENTS ...
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -178,6 +179,9 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         end_within()
         traceback.print_exc()
         _say_last_words(settings, found, training.position.iteration if training else 0, error)
+        if training is not None:
+            with contextlib.suppress(RuntimeError, OSError):  # of a device at fault, or nobody reads
+                training.say_rest()
         # Not to wait for peers on the way out: what is left to do would only hang.
         os._exit(1)
     return 0
