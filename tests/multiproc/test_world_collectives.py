@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from noflush.communicators import communicators
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -87,3 +88,16 @@ def test_unguarded_one_ranks_split_meets_anothers_for_another_group():
     assert all(found)
     assert found[0] != found[2]
     assert [split for split in found[0] if split[0] == "nccl"] == [split for split in found[2] if split[0] == "nccl"]
+
+
+def links_opened(rank, stages):
+    """How many of the device's groups with a neighbour a rank is in."""
+    from noflush import channels
+
+    channels.without_splits = contextlib.nullcontext
+    made = counted(lambda: channels.connect([list(range(stages))], rank, torch.device("cpu"), 30.0))[1]
+    return sum(backend == "nccl" and rank in members for backend, members in made)
+
+
+def test_the_plan_knows_how_many_links_a_rank_opens():
+    assert run_ranks(links_opened, 4, stages=4) == [communicators(stage, 4).links for stage in range(4)] == [2, 4, 4, 2]
