@@ -10,7 +10,7 @@ from rich.table import Table
 from noflush.config import check_config
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
-from noflush.plan import human_bytes, make_plan
+from noflush.plan import communicator_line, human_bytes, make_plan
 from noflush.schedule import Schedule
 
 
@@ -37,7 +37,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
     schedule = schedule_of(settings)
     ranks = settings.ranks
     counts = parameters_by_stage(settings.model, ranks.pipeline, ranks.tensor)
-    plan = make_plan(schedule, counts)
+    plan = make_plan(schedule, counts, data=ranks.data, tensor=ranks.tensor)
     memory = bytes_by_stage(settings, schedule)
     table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, {schedule.name}, weights {schedule.weights}")
     for column in ("stage", "ranks", "layers", "weights", "delay", "versions", "in flight"):
@@ -60,6 +60,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
         )
     console.print(table)
     if check_config(settings.deepspeed) is not None:
+        console.print(communicator_line(plan), highlight=False)
         console.print(
             f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it", highlight=False
         )

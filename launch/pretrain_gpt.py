@@ -7,6 +7,7 @@ srun python launch/pretrain_gpt.py ARGUMENTS ...
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -45,11 +46,13 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.data.tokenizer import make_tokenizer
     from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
     from noflush.launch.training.checkpoints import model_faults
+    from noflush.launch.training.devices import device_faults
     from noflush.launch.training.vocabulary import with_vocabulary
     from noflush.launch.training.writers import board_needed
 
     settings, without_meaning = understand(argv, world)
     faults = file_faults(settings) + board_needed(settings)
+    faults += [] if settings.dry_run else device_faults(settings, os.environ)
     faults += folder_faults(settings.checkpoints, trains=not settings.steps.skip_train)
     if not faults:
         try:
@@ -97,7 +100,13 @@ def main(argv: list[str] | None = None) -> int:
         if found.rank == 0:
             print_dry_run(settings, lines)
         return 0
-    export(found, os.environ)
+    import torch
+
+    try:
+        found = export(found, os.environ, torch.cuda.device_count())
+    except ValueError as error:
+        print(f"noflush: {error}", file=sys.stderr)  # noqa: T201
+        return 2
     print(found, flush=True)  # noqa: T201
     return _train(settings, found, lines, count, signals)
 
@@ -170,6 +179,9 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
         end_within()
         traceback.print_exc()
         _say_last_words(settings, found, training.position.iteration if training else 0, error)
+        if training is not None:
+            with contextlib.suppress(RuntimeError, OSError):  # of a device at fault, or nobody reads
+                training.say_rest()
         # Not to wait for peers on the way out: what is left to do would only hang.
         os._exit(1)
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PORTS = range(10000, 30000)
@@ -22,7 +22,7 @@ class Rendezvous:
     rank: int
     world_size: int
     local_rank: int
-    """Number of this process on its machine, and so of its device."""
+    """Number of this process on its machine; once exported, of its device among those that it sees."""
     master_addr: str
     master_port: int
     source: str
@@ -50,8 +50,24 @@ def rendezvous(environ: Mapping[str, str]) -> Rendezvous:
     return Rendezvous(0, 1, 0, environ.get("MASTER_ADDR", "127.0.0.1"), _port(environ), "alone")
 
 
-def export(found: Rendezvous, environ: MutableMapping[str, str]) -> None:
-    """Sets what `deepspeed.init_distributed` and torch read, so that neither asks mpi4py."""
+def export(found: Rendezvous, environ: MutableMapping[str, str], devices: int | None = None) -> Rendezvous:
+    """Sets what `deepspeed.init_distributed` and torch read, so that neither asks mpi4py; returns what was set.
+
+    DeepSpeed takes LOCAL_RANK for the number of the device, so it is set to `device_of`: 0 where the task sees one
+    device (``srun --gpus-per-task=1``). ``devices``: how many this process sees, where it is known.
+
+    Raises:
+        ValueError: this process has no device; nothing is set.
+    """
+    device = found.local_rank
+    if uses_cuda(environ):
+        try:
+            device = device_of(found.local_rank, environ.get("CUDA_VISIBLE_DEVICES"), devices)
+        except ValueError as error:
+            raise ValueError(f"rank {found.rank}: {error}") from None
+    if device != found.local_rank and "OMPI_COMM_WORLD_LOCAL_RANK" in environ:
+        environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device)  # DeepSpeed insists that both say the same
+    found = replace(found, local_rank=device)
     environ.update(
         RANK=str(found.rank),
         WORLD_SIZE=str(found.world_size),
@@ -59,6 +75,60 @@ def export(found: Rendezvous, environ: MutableMapping[str, str]) -> None:
         MASTER_ADDR=found.master_addr,
         MASTER_PORT=str(found.master_port),
     )
+    return found
+
+
+def uses_cuda(environ: Mapping[str, str]) -> bool:
+    """Whether DeepSpeed takes CUDA devices where there are any: no other kind is asked for."""
+    return environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def device_of(local_rank: int, visible: str | None, devices: int | None = None) -> int:
+    """Number of the device of the process ``local_rank`` of its machine, among those that it sees.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES; None if it is not set.
+        devices: how many devices the process sees; None if that is not known.
+
+    A process that sees one device takes it; one that sees none runs on CPUs, and keeps its number.
+
+    Raises:
+        ValueError: it sees several, but fewer than there are processes on its machine.
+    """
+    listed = devices_listed(visible)
+    counts = [count for count in (listed, devices) if count is not None]
+    if not counts or local_rank < min(counts) or 0 in counts:
+        return local_rank
+    if set(counts) == {1}:
+        return 0
+    says = "no CUDA_VISIBLE_DEVICES is set" if visible is None else f"CUDA_VISIBLE_DEVICES is {visible}"
+    sees = min(counts)
+    raise ValueError(
+        f"it is process {local_rank} of its machine, counted from 0, and sees {sees} device{'s' * (sees > 1)} "
+        f"({says}): there are more processes than devices. Start as many as there are devices (srun --ntasks-per-node, "
+        "torchrun --nproc_per_node, deepspeed --num_gpus), or let each see one of its own (srun --gpus-per-task=1)"
+    )
+
+
+def devices_listed(visible: str | None) -> int | None:
+    """How many devices CUDA_VISIBLE_DEVICES lists; None if it is not set, and so all are seen.
+
+    As CUDA reads it: numbers, or names that begin with GPU- or with MIG-; up to the first entry that is no such, and
+    none at all where one comes twice.
+    """
+    if visible is None:
+        return None
+    kind = next((kind for kind in ("GPU-", "MIG-") if visible.startswith(kind)), None)
+    found: list[str | int] = []
+    for entry in visible.split(","):
+        number = re.match(r"\s*\+?(\d+)", entry)
+        device = int(number[1]) if kind is None and number else entry if kind and entry.startswith(kind) else None
+        if device is None:
+            break
+        if device in found:
+            return 0
+        found.append(device)
+    return len(found)
 
 
 def hosts(nodelist: str) -> list[str]:

@@ -16,7 +16,7 @@ _EFFECT = """
     normalization layernorm_epsilon apply_residual_connection_post_layernorm qk_layernorm openai_gelu squared_relu
     swiglu quick_geglu mlp_type add_bias_linear add_qkv_bias untie_embeddings_and_output_weights attention_dropout
     hidden_dropout init_method_std init_method_xavier_uniform embedding_init_method_std
-    attention_softmax_in_fp32 fp16_lm_cross_entropy make_vocab_size_divisible_by
+    attention_softmax_in_fp32 fp16_lm_cross_entropy transformer_impl make_vocab_size_divisible_by
     vocab_size padded_vocab_size micro_batch_size global_batch_size rampup_batch_size train_iters train_samples
     train_tokens exit_interval exit_duration_in_mins exit_signal_handler exit_signal seed recompute_granularity
     recompute_method recompute_num_layers recompute_activations checkpoint_activations checkpoint_num_layers
@@ -58,7 +58,7 @@ OLDER = {
 # No meaning here, or none for the result: accepted, and named once in a warning.
 NO_MEANING = {
     "speed and memory of Megatron's own kernels, buffers and communication": """
-        transformer_impl use_flash_attn use_flash_attn_* deprecated_use_mcore_models use_cpu_initialization
+        use_flash_attn use_flash_attn_* deprecated_use_mcore_models use_cpu_initialization
         sequence_parallel attention_backend bias_gelu_fusion bias_swiglu_fusion bias_dropout_fusion
         masked_softmax_fusion gradient_accumulation_fusion no_persist_layer_norm mem_efficient_ln apply_rope_fusion
         cross_entropy_loss_fusion cross_entropy_fusion_impl disable_jit_fuser async_tensor_model_parallel_allreduce

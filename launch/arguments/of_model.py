@@ -88,6 +88,15 @@ def read_model(of: Values, ranks: Ranks) -> Model:
             f"--padded-vocab-size {of.padded_vocab_size} on --tensor-model-parallel-size {ranks.tensor}: it must be a "
             "multiple of it"
         )
+    if of.transformer_impl == "inference_optimized":
+        of.faults.append(
+            "--transformer-impl inference_optimized: its layers cannot be trained; use local or transformer_engine"
+        )
+    if of.transformer_impl == "transformer_engine" and of.reset_attention_mask:
+        of.faults.append(
+            "--transformer-impl transformer_engine with --reset-attention-mask: its causal attention would overlook "
+            "the mask; use --transformer-impl local"
+        )
     return Model(
         layers=layers,
         hidden=hidden,
@@ -121,6 +130,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         rope_scaling=of.rope_scaling_factor if of.use_rope_scaling else None,
         pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor,
         vocabulary=of.padded_vocab_size or 0,
+        transformer_impl=of.transformer_impl,
     )
 
 

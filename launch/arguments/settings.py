@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Positions = Literal["learned_absolute", "rope", "none"]
+Implementation = Literal["local", "transformer_engine"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Model:
         rope_base, rope_percent, rope_interleaved, rope_interpolation, rope_scaling: rotary positions as Megatron's
             ``--rotary-*`` and ``--rope-scaling-factor`` (None: no scaling).
         vocabulary_padding: so many of the vocabulary's last rows are no token's and have no probability.
+        transformer_impl: whose modules the layers are made of, and so what their weights are called.
     """
 
     layers: int
@@ -58,6 +60,7 @@ class Model:
     pad_vocabulary_to: int
     vocabulary: int
     vocabulary_padding: int = 0
+    transformer_impl: Implementation = "local"
 
     @property
     def token_ids(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -83,14 +82,9 @@ def transformer_config(model: Model, tensor_parallel: int) -> TransformerConfig:
     )
 
 
-def transformer_engine_usable() -> bool:
-    """Whether Transformer Engine is installed and there is a GPU for it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def layer_spec(model: Model, transformer_engine: bool) -> ModuleSpec:
+def layer_spec(model: Model) -> ModuleSpec:
     """What a transformer layer is made of: Transformer Engine's modules, or torch's and megatron-core's own."""
-    if transformer_engine:
+    if model.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=model.normalization)
     parts = spec.submodules

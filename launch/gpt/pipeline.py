@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from noflush.launch.arguments.settings import Model, Settings
-from noflush.launch.gpt.config import layer_spec, transformer_config, transformer_engine_usable
+from noflush.launch.gpt.config import layer_spec, transformer_config
 from noflush.launch.gpt.layers import Block, Embedding, FinalNorm, Head, NextTokenLoss, tied_head
 
 
@@ -22,7 +22,9 @@ class _Seeded:
     module_args: tuple[Any, ...]
 
     def build(self, log: bool = False) -> nn.Module:
-        with torch.random.fork_rng(devices=()):
+        # Seeding is the device's generator's too, from which dropout draws: it goes on afterwards where it stood.
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
             return self.typename(*self.module_args)
 
@@ -46,16 +48,13 @@ def layer_specs(
     tensor_parallel: int = 1,
     stages: int = 1,
     recomputed: int = 0,
-    masked: bool = False,
 ) -> list[LayerSpec]:
     """Embedding, ``model.layers`` blocks, final norm and output layer, none built yet.
 
-    ``recomputed``: so many first blocks of every stage recompute their activations; ``masked``: attention stops at ends
-    of documents.
+    ``recomputed``: so many first blocks of every stage recompute their activations.
     """
     config = transformer_config(model, tensor_parallel)
-    # Transformer Engine's causal attention would overlook a mask.
-    spec = layer_spec(model, transformer_engine_usable() and not masked)
+    spec = layer_spec(model)
     per_stage = model.layers // stages
     # Seeds far apart, so that runs with neighbouring seeds share no layer's draws.
     seeds = [seed * 100_003 + number for number in range(model.layers + 2)]
@@ -89,7 +88,6 @@ def build_pipeline(settings: Settings) -> PipelineModule:
             ranks.tensor,
             ranks.pipeline,
             {None: 0, "block": steps.recompute_layers, "uniform": settings.model.layers}[steps.recompute],
-            settings.data.reset_mask,
         ),
         topology=topology,
         loss_fn=next_token_loss(settings.model),

@@ -123,4 +123,6 @@ def describe(model: Model) -> Sequence[str]:
     if model.query_groups != model.heads:
         kind.append(f"{model.query_groups} key-value heads")
     kind.append("tied" if model.tied else "untied")
+    if model.transformer_impl != "local":
+        kind.append(f"layers of {model.transformer_impl}")
     return kind

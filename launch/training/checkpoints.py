@@ -211,6 +211,13 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
     except (ValueError, TypeError, OSError) as error:
         return [f"--load {settings.load}: {checkpoint / MODEL} cannot be read ({error}); name another by --ckpt-step"]
     faults = []
+    impl = there.pop("transformer_impl", "local")
+    if impl != model.transformer_impl:
+        local = "" if impl == "local" else ", or make local ones of it by convert_checkpoint.py --to-hf and --from-hf"
+        faults.append(
+            f"--load {settings.load}: the checkpoint is of --transformer-impl {impl}, whose weights have other names "
+            f"than those of {model.transformer_impl}; give --transformer-impl {impl}{local}"
+        )
     if (checkpoint / WEIGHTS_ALONE).exists() and not settings.finetune:
         faults.append(f"--load {settings.load}: the checkpoint holds weights alone; add --finetune")
     slices = len(list(checkpoint.glob("layer_01-model_*-model_states.pt")))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoints
 from noflush.launch.training.folder_lock import FolderLock
+from noflush.launch.training.late_lines import LateLines
 from noflush.launch.training.progress import (
     Interval,
     bubble_between,
@@ -71,6 +74,7 @@ class Training:
         self._writers = Writers(settings) if self._logs else None
         self._stop = Stop(settings.steps, signals, engine)
         self._losses: list[torch.Tensor] = []
+        self._lines = LateLines()
         self._figures: Sequence[Any] = ()
         self._spent = 0.0
         self._logged_at = position.consumed
@@ -107,6 +111,7 @@ class Training:
         steps, position = self.settings.steps, self.position
         data = self._stream(self._train, position.consumed)
         self._log_start()
+        reason = None
         while not self._done():
             size = batch_size_at(self.settings.batch, position.consumed)
             if size != self.engine.train_batch_size():
@@ -116,16 +121,24 @@ class Training:
             self._spent += time.perf_counter() - begin
             position.advance(size)
             self._losses.append(loss.detach())
+            self._lines.say(before=position.iteration)
             if position.iteration % steps.log_every == 0:
                 self._log(size)
             if steps.eval_iterations and position.iteration % steps.eval_every == 0 and not self._done():
+                self.say_rest()
                 self._evaluate("validation", self._valid, position.iteration)
             if steps.save_every and position.iteration % steps.save_every == 0:
+                self.say_rest()
                 self._save()
             reason = self._stop.reason(position.iteration)
             if reason is not None:
-                return None if self._done() else reason
-        return None
+                break
+        self.say_rest()
+        return None if self._done() else reason
+
+    def say_rest(self) -> None:
+        """Says the log lines that would otherwise be said in the next iteration."""
+        self._lines.say(before=self.position.iteration + 1)
 
     def _stream(self, dataset: Any, consumed: int) -> MicroBatches | None:
         if dataset is None:
@@ -187,8 +200,6 @@ class Training:
         if not self._logs:
             return
         count, position, settings = len(losses), self.position, self.settings
-        values = torch.stack(losses).float().cpu()
-        finite = values[values.isfinite()]
         figures = getattr(self.engine, "figures", ())
         operations = floating_point_operations(
             settings.model.layers, settings.model.hidden, settings.model.sequence, self._parameters
@@ -199,26 +210,35 @@ class Training:
             seconds=seconds,
             learning_rate=self.engine.get_lr()[0],
             batch_size=size,
-            loss=finite.mean().item() if len(finite) else math.nan,
+            loss=math.nan,
             scale=_scale(self.engine),
             norm=norm_over(figures),
             skipped=skipped_between(self._figures, figures),
-            nans=count - len(finite),
+            nans=0,
             bubble=bubble_between(self._figures, figures) if figures else None,
             delay=schedule.max_delay(0) if schedule else 0,
             teraflops=operations * samples / spent / 1e12 / settings.ranks.world if settings.logs.throughput else None,
         )
         self._figures = figures
-        say(log_line(position, settings.steps.iterations, interval, datetime.now()))
+        line = partial(self._say, dataclasses.replace(position), interval, datetime.now())
+        self._lines.put(position.iteration, losses, line)
+
+    def _say(self, position: Position, interval: Interval, now: datetime, losses: torch.Tensor) -> None:
+        """Prints and writes ``interval``, which ended at ``position``, with the ``losses`` of its iterations."""
+        settings = self.settings
+        finite = losses[losses.isfinite()]
+        mean = finite.mean().item() if len(finite) else math.nan
+        interval = dataclasses.replace(interval, loss=mean, nans=len(losses) - len(finite))
+        say(log_line(position, settings.steps.iterations, interval, now))
         assert self._writers
         if position.iteration % settings.logs.tensorboard_every == 0 or settings.steps.log_every > 1:
             named = {
                 "lm loss": interval.loss,
                 "learning-rate": interval.learning_rate,
-                "batch-size": size,
+                "batch-size": interval.batch_size,
                 "loss-scale": interval.scale,
                 "grad-norm": interval.norm,
-                "iteration-time": seconds,
+                "iteration-time": interval.seconds,
                 "throughput": interval.teraflops,
                 "bubble": interval.bubble,
                 "delay": interval.delay,

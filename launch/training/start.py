@@ -14,9 +14,11 @@ from megatron.core import parallel_state
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import noflush
+from noflush.groups import without_splits
 from noflush.last_words import attend
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
+from noflush.launch.training.devices import on_gpu
 from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
 from noflush.launch.training.schedule import schedule_of
@@ -37,18 +39,23 @@ def meet_others(ranks: Ranks) -> Any:
 def join(ranks: Ranks, store: Any = None) -> None:
     """Joins torch.distributed, and makes megatron-core's groups over it; ``store`` takes ranks' last words."""
     noflush.register()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    backend = ranks.backend if ranks.backend in ("nccl", "gloo") and on_gpu else "nccl" if on_gpu else "gloo"
+    gpu = on_gpu(os.environ)
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(minutes=ranks.timeout_minutes)
     # DeepSpeed makes groups without a timeout of their own: torch's default is half an hour.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
-    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
-    parallel_state.initialize_model_parallel(
-        ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
-    )
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    with without_splits():
+        parallel_state.initialize_model_parallel(
+            ranks.tensor, ranks.pipeline, distributed_timeout_minutes=ranks.timeout_minutes
+        )
+    if gpu and ranks.tensor > 1:
+        # NCCL connects a group when it is first used, and no call should wait for that.
+        torch.distributed.all_reduce(
+            torch.zeros(1, device="cuda"), group=parallel_state.get_tensor_model_parallel_group()
+        )
     megatron_core.patch()
     checkpointing.configure(mpu_=parallel_state)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from noflush.communicators import communicators
 from noflush.schedule import Schedule
 from noflush.timing import Cost, play
 
@@ -28,6 +29,8 @@ class StagePlan:
         parameters: of this stage, if given.
         stash_bytes: bytes of the versions beyond the newest, if the parameters are given.
         loss_lag: calls after which this stage learns a batch's loss.
+        communicators: of NCCL that a rank of it opens on a GPU.
+        communicator_bytes: what they hold there, besides all else; an estimate.
     """
 
     stage: int
@@ -39,6 +42,8 @@ class StagePlan:
     parameters: int | None
     stash_bytes: int | None
     loss_lag: int
+    communicators: int
+    communicator_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ def make_plan(
     bytes_per_parameter: int = 4,
     cost: Cost | None = None,
     latency: float = 0.0,
+    data: int = 1,
+    tensor: int = 1,
 ) -> Plan:
     """The plan of ``schedule``.
 
@@ -75,6 +82,7 @@ def make_plan(
         cost: forward and backward of one micro-batch at every stage, seconds; 1 and 2 by default, so that
             ``latency`` is then in units of a forward.
         latency: one way, seconds.
+        data, tensor: replicas, and slices of every stage.
 
     Raises:
         ValueError: not one parameter count a stage.
@@ -86,6 +94,7 @@ def make_plan(
     for s in range(schedule.stages):
         count = parameters[s] if parameters is not None else None
         versions = schedule.versions_alive(s)
+        opened = communicators(s, schedule.stages, data, tensor)
         rows.append(
             StagePlan(
                 stage=s,
@@ -97,6 +106,8 @@ def make_plan(
                 parameters=count,
                 stash_bytes=None if count is None else count * bytes_per_parameter * (versions - 1),
                 loss_lag=schedule.loss_lag(s),
+                communicators=opened.count,
+                communicator_bytes=opened.bytes_estimate,
             )
         )
     flush = Schedule(schedule.stages, schedule.gas, "1f1b_flush")
@@ -117,6 +128,32 @@ def best_extra_in_flight(stages: int, gas: int, cost: Cost, latency: float, most
         if reached[-1] > 0.995:
             break
     return next(e for e, value in enumerate(reached) if value >= max(reached) - 0.005)
+
+
+def communicator_line(plan: Plan) -> str:
+    """How many communicators a rank opens, in words: stages that open as many are told together."""
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for row in plan.stages:
+        kinds.setdefault((row.communicators, row.communicator_bytes), []).append(row.stage)
+    parts = [
+        f"{count} at stage{'s' * (len(stages) > 1)} {_ranges(stages)} (about {human_bytes(size)})"
+        for (count, size), stages in kinds.items()
+    ]
+    return (
+        f"communicators that a rank opens on GPUs: {', '.join(parts)}; their memory is NCCL's and comes on top, "
+        "estimated by its default buffers: make bench-gpu measures it, NCCL_BUFFSIZE and NCCL_MAX_CTAS lower it"
+    )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def human_bytes(count: int) -> str:

@@ -55,7 +55,7 @@ def _logits(rank, folder):
 
         core = GPTModel(
             transformer_config(model, 1),
-            layer_spec(model, False),
+            layer_spec(model),
             model.vocabulary,
             model.max_positions,
             share_embeddings_and_output_weights=model.tied,

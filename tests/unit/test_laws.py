@@ -19,6 +19,7 @@ PURE = [
     "config",
     "timing",
     "plan",
+    "communicators",
     "progress",
     "loss_scale",
     "kernels.scalars",

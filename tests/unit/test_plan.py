@@ -7,6 +7,7 @@ import json
 import pytest
 
 from noflush.__main__ import main
+from noflush.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
 from noflush.plan import best_extra_in_flight, human_bytes, make_plan
 from noflush.schedule import Schedule
 from noflush.timing import Cost, play
@@ -77,3 +78,30 @@ def test_command_prints_a_table(capsys):
 def test_wrong_sizes_are_one_line_and_status_2(arguments, message, capsys):
     assert main(["plan", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_communicators_of_a_rank():
+    """Two a link, and one for each way of grouping that has more than one rank."""
+    alone, pair = communicators(0, 1), [communicators(s, 2) for s in range(2)]
+    assert (alone.count, alone.bytes_estimate) == (0, 0)
+    assert [(c.links, c.groups) for c in pair] == [(2, 2), (2, 2)]  # the world and the pipeline are two groups
+    assert [communicators(s, 4).links for s in range(4)] == [2, 4, 4, 2]
+    assert communicators(1, 4, data=2).groups == 3
+    assert communicators(1, 4, data=2, tensor=2).groups == 4
+    assert communicators(0, 1, data=8).count == 2
+    assert communicators(1, 3).bytes_estimate == 4 * LINK_BYTES_ESTIMATE + 2 * GROUP_BYTES_ESTIMATE
+
+
+def test_the_plan_says_them(capsys):
+    assert main(["plan", "--stages", "5", "--data-parallel", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "5 at stages 0, 4 (about 512.0 MiB), 7 at stages 1-3 (about 640.0 MiB)" in out
+    assert main(["plan", "--stages", "5", "--data-parallel", "2", "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [row["communicators"] for row in stages] == [5, 7, 7, 7, 5]
+    assert stages[1]["communicator_bytes"] == 640 * 2**20
+
+
+def test_the_plan_refuses_no_replica(capsys):
+    assert main(["plan", "--stages", "2", "--data-parallel", "0"]) == 2
+    assert "--data-parallel 0" in capsys.readouterr().err

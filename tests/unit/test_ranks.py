@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-from noflush.launch.ranks import PORTS, Rendezvous, export, hosts, port_of_job, rendezvous
+from noflush.launch.ranks import (
+    PORTS,
+    Rendezvous,
+    device_of,
+    devices_listed,
+    export,
+    hosts,
+    port_of_job,
+    rendezvous,
+)
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
 # As srun 22.05 sets them for the last of four tasks.
@@ -109,6 +118,91 @@ def test_exported_it_reads_the_same():
     found = rendezvous(environ)
     assert found == Rendezvous(3, 4, 1, "gpu07", 10017, "launcher")
     assert str(found) == "rank 3 of 4, device 1, by launcher, meeting at gpu07:10017"
+
+
+VISIBLE = {
+    "0": 1, "3": 1, "0,1": 2, " 2, 5 ,7": 3, "": 0, "-1": 0, "NoDevFiles": 0, "0,-1,1": 1, "0,x,1": 1, "0,0": 0,
+    "1gpu2,2ampere": 2, "+1,2": 2,
+    "GPU-5d5ba0d6": 1, "GPU-a,GPU-b": 2, "GPU-a,1": 1, "GPU-a,GPU-a": 0, "0,GPU-a": 1, "gpu-a": 0,
+    "MIG-GPU-5d5ba0d6/1/0": 1, "MIG-a,MIG-b": 2, "MIG-a,GPU-b": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("visible", "count"), VISIBLE.items())
+def test_devices_listed_are_torchs(visible, count, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(torch.cuda._parse_visible_devices()) == count
+    assert devices_listed(visible) == count
+
+
+def test_devices_not_listed():
+    assert devices_listed(None) is None
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "visible", "devices", "expected"),
+    [
+        (3, None, None, 3),  # nothing is known
+        (3, None, 8, 3),
+        (3, None, 1, 0),  # bound by SLURM's cgroup alone
+        (3, "3", None, 0),
+        (3, "GPU-5d5ba0d6", 1, 0),
+        (3, "MIG-GPU-5d5ba0d6/1/0", 1, 0),
+        (1, "4,5", None, 1),
+        (1, "4,5", 2, 1),
+        (0, "4,5", 1, 0),
+        *((3, visible, 0, 3) for visible in (None, "", "-1", "NoDevFiles")),  # on CPUs
+        *((3, visible, None, 3) for visible in ("", "-1", "NoDevFiles")),
+        (3, "0,1", 0, 3),  # a list on a machine that has none
+    ],
+)
+def test_device(local_rank, visible, devices, expected):
+    assert device_of(local_rank, visible, devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "says"),
+    [
+        ("0,1", None, "sees 2 devices (CUDA_VISIBLE_DEVICES is 0,1)"),
+        (None, 2, "sees 2 devices (no CUDA_VISIBLE_DEVICES is set)"),
+        # CUDA opens one MIG instance a process, the first that is listed: it is another process's.
+        ("MIG-a,MIG-b,MIG-c", 1, "sees 1 device (CUDA_VISIBLE_DEVICES is MIG-a,MIG-b,MIG-c)"),
+    ],
+)
+def test_more_processes_than_devices(visible, devices, says):
+    with pytest.raises(ValueError, match="more processes than devices") as error:
+        device_of(2, visible, devices)
+    assert says in str(error.value)
+
+
+def test_a_task_that_sees_one_device_takes_it():
+    """As under srun --gpus-per-task=1: DeepSpeed reads LOCAL_RANK as the device's number."""
+    environ = TASK | {"CUDA_VISIBLE_DEVICES": "3"}
+    found = export(rendezvous(environ), environ)
+    assert (environ["LOCAL_RANK"], environ["RANK"], found.local_rank) == ("0", "3", 0)
+    assert str(found) == "rank 3 of 4, device 0, by slurm, meeting at gpu07:10017"
+
+
+def test_a_reduced_local_rank_is_mpis_too():
+    environ = TASK | {"CUDA_VISIBLE_DEVICES": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    export(rendezvous(environ), environ)
+    assert environ["OMPI_COMM_WORLD_LOCAL_RANK"] == "0"
+
+
+def test_without_a_device_nothing_is_set():
+    environ = TASK | {"SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1"}
+    before = dict(environ)
+    with pytest.raises(ValueError, match=r"rank 3: it is process 2 of its machine"):
+        export(rendezvous(environ), environ)
+    assert environ == before
+
+
+def test_the_list_of_devices_is_not_asked_on_another_accelerator():
+    environ = TASK | {"SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1", "DS_ACCELERATOR": "cpu"}
+    export(rendezvous(environ), environ)
+    assert environ["LOCAL_RANK"] == "2"
 
 
 def test_ports():

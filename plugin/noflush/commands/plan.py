@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from noflush.plan import Plan, best_extra_in_flight, human_bytes, make_plan
+from noflush.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
 from noflush.schedule import Schedule
 from noflush.timing import Cost
 
@@ -31,6 +31,8 @@ def add(commands: Any) -> None:
     memory.add_argument("--vocab-size", type=int, default=50304, help="default: %(default)s")
     memory.add_argument("--seq-length", type=int, default=1024, help="default: %(default)s")
     memory.add_argument("--bytes-per-parameter", type=int, default=4, help="of a stashed weight (default: %(default)s)")
+    p.add_argument("--data-parallel", type=int, default=1, help="replicas (default: %(default)s)")
+    p.add_argument("--tensor-parallel", type=int, default=1, help="slices of a stage (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.set_defaults(run=run)
 
@@ -46,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
         )
     cost = Cost(args.forward_ms / 1e3, backward / 1e3)
     latency = args.link_latency_ms / 1e3
-    plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency)
+    data, tensor = args.data_parallel, args.tensor_parallel
+    if data < 1 or tensor < 1:
+        raise ValueError(f"--data-parallel {data}, --tensor-parallel {tensor}: give 1 or more, 1 for none")
+    plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency, data, tensor)
     if args.json:
         print(json.dumps(plan.to_json(), indent=2))
         return 0
@@ -93,6 +98,7 @@ def _print(plan: Plan, latency: float, cost: Cost) -> None:
         "delay: in updates, largest and mean; versions: of the weights, alive at once; in flight: micro-batches; "
         "loss lag: calls until the stage learns a loss"
     )
+    console.print(communicator_line(plan))
     console.print(
         f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it: "
         f"{plan.no_flush / plan.flush:.2f} times the throughput"
