@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from noflush.communicators import communicators
+from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -101,3 +102,31 @@ def links_opened(rank, stages):
 
 def test_the_plan_knows_how_many_links_a_rank_opens():
     assert run_ranks(links_opened, 4, stages=4) == [communicators(stage, 4).links for stage in range(4)] == [2, 4, 4, 2]
+
+
+def constructed(rank, stages, guarded):
+    """The splits of a rank while DeepSpeed's engine and noflush's are made, as over NCCL."""
+    from unittest import mock
+
+    gpt = t.GPT | {"depth": 6}
+    config = t.ds_config(1, block={})
+    with contextlib.ExitStack() as patches:
+        for module in ("channels", "assembly"):
+            patches.enter_context(mock.patch(f"noflush.{module}.dist.get_backend", return_value="nccl"))
+            if not guarded:
+                patches.enter_context(mock.patch(f"noflush.{module}.without_splits", contextlib.nullcontext))
+        engine, splits = counted(lambda: t.build(stages, config, gpt=gpt))
+    assert engine.num_stages == stages
+    return splits
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (3, 1), (2, 2)])
+def test_construction_makes_the_same_collectives_on_every_rank(stages, replicas):
+    found = run_ranks(constructed, stages * replicas, stages=stages, guarded=True)
+    assert all(splits == found[0] for splits in found), found
+    assert all(backend == "nccl" for backend, _ in found[0])  # DeepSpeed's own, which all ranks make alike
+
+
+def test_without_the_guard_construction_hangs_from_three_stages_on():
+    found = run_ranks(constructed, 3, stages=3, guarded=False)
+    assert len({len(splits) for splits in found}) > 1, found
