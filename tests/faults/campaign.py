@@ -267,7 +267,9 @@ class Campaign:
         if case.names and survivors:
             said = "".join(texts.values()) + ("".join(also.text(rank) for rank in also.ranks) if also else "")
             wanted = case.names.format(save=ranks.folder / "save")
-            lines = [line for line in said.splitlines() if "noflush: " in line and wanted in line]
+            # A refusal is one line, or a line a fault below one.
+            ours = ("noflush: ", "  - ")
+            lines = [line for line in said.splitlines() if line.startswith(ours) and wanted in line]
             if not lines:
                 result.faults.append(f"no line of noflush says '{wanted}'")
         if case.statuses == (2,) and any("Traceback" in text for text in texts.values()):
