@@ -18,7 +18,7 @@ from noflush.launch.convert.checkpoint import pad_vocabulary, read_weights, writ
 from noflush.launch.convert.folder import read_folder, write_folder
 from noflush.launch.convert.hugging_face import from_hugging_face, layout_of, to_hugging_face
 from noflush.launch.data.tokenizer import make_tokenizer
-from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, write_tokens
+from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, write_model, write_tokens
 from tests.launch.models import GPT2, LLAMA, MODELS, weights
 
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -71,6 +71,35 @@ def test_slices_are_those_of_tensor_parallel_ranks(tmp_path):
     assert torch.equal(part["layer.self_attention.linear_proj.weight"], proj[:, 32:])
     words = torch.load(found / "layer_00-model_01-model_states.pt")["embedding.word_embeddings.weight"]
     assert torch.equal(words, state["embedding.word_embeddings.weight"][48:])
+
+
+def as_transformer_engines(checkpoint, model):
+    """Renames a checkpoint's weights to what Transformer Engine's layers call them; its model says so."""
+    fused = {"input_layernorm.": "self_attention.linear_qkv.", "pre_mlp_layernorm.": "mlp.linear_fc1."}
+    for path in checkpoint.glob("layer_*.pt"):
+        part = torch.load(path)
+        for norm, projection in fused.items():
+            for kind in ("weight", "bias"):
+                if (weight := part.pop(f"layer.{norm}{kind}", None)) is not None:
+                    part[f"layer.{projection}layer_norm_{kind}"] = weight
+        part["layer.self_attention.core_attention._extra_state"] = torch.empty(0, dtype=torch.uint8)
+        torch.save(part, path)
+    model = dataclasses.replace(model, transformer_impl="transformer_engine")
+    write_model(checkpoint, model)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_transformer_engines_checkpoint_becomes_a_local_one(name, tmp_path):
+    state, model = weights(MODELS[name]), MODELS[name]
+    found = write_checkpoint(tmp_path / "ck", state, model, 2)
+    assert read_weights(found, as_transformer_engines(found, model)).keys() == state.keys()
+    convert_checkpoint.to_hf(str(found), str(tmp_path / "hf"), None, None)
+    assert convert_checkpoint.from_hf(str(tmp_path / "hf"), str(tmp_path / "back"), None).transformer_impl == "local"
+    again = checkpoint_in(tmp_path / "back")
+    for key, weight in read_weights(again, read_model(again)).items():
+        if key in state:
+            assert torch.equal(weight, state[key]), key
 
 
 def test_a_missing_or_broken_part_is_said(tmp_path):
