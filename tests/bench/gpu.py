@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -53,8 +52,6 @@ def environment(package, dry):
     return found
 
 
-
-
 def run(command, limit, env):
     """Runs ``command`` in a session of its own for at most ``limit`` seconds: (status, what it printed, its stderr)."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -77,6 +74,11 @@ def run(command, limit, env):
     return status, seconds, *texts
 
 
+def command_of(part, dry):
+    """That runs ``part``."""
+    return [sys.executable, "-m", f"tests.bench.gpu_parts.{part.module}", *part.arguments, *["--dry"] * dry]
+
+
 def row_of(part, args, env, devices, left):
     """Runs ``part`` and makes its row."""
     row = {"part": part.name, "asks": part.asks}
@@ -85,9 +87,8 @@ def row_of(part, args, env, devices, left):
         why_not = f"no time: {left:.0f} s of the budget left, and it may take {part.seconds}"
     if why_not is not None:
         return row | {"status": why_not}
-    command = [sys.executable, "-m", f"tests.bench.gpu_parts.{part.module}", *part.arguments, *["--dry"] * args.dry]
     env = env | dict(part.environment) | {ENDS: str(time.time() + part.seconds)}
-    status, seconds, out, err = run(command, part.seconds, env)
+    status, seconds, out, err = run(command_of(part, args.dry), part.seconds, env)
     row |= {"status": status, "seconds": round(seconds, 1)} | last_object(out)
     if status != "ok":
         row["stderr"] = err.splitlines()[-LAST_LINES:]

@@ -5,9 +5,8 @@
 
 All take turns in one process; figures are medians. ``ours`` is what ``kernel: auto`` takes: Triton on a GPU,
 `torch.compile` on a CPU. The others get parameters of a million elements each, as a model has them. On a GPU fewer
-parameters are taken than asked for where all of it would not fit. Whether an update waits, allocates or can be captured:
-``gpu.py --only update-steady``.
-``--bytes`` prints the table of bytes a parameter that each variant must move, and needs no device.
+parameters are taken than asked for where all of it would not fit. Whether an update waits, allocates or can be
+captured, ``gpu.py --only update-steady`` says. ``--bytes`` prints the table of bytes a parameter that each variant must move, and needs no device.
 """
 
 from __future__ import annotations

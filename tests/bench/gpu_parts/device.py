@@ -1,4 +1,4 @@
-"""What only a GPU can tell of a piece of code: where it waits, what it allocates. On a CPU the code runs all the same."""
+"""What only a GPU can tell of code: where it waits, what it allocates. On a CPU the code runs all the same."""
 
 from __future__ import annotations
 

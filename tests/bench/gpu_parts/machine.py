@@ -14,8 +14,25 @@ from pathlib import Path
 
 import torch
 
-_QUERIES = ("driver_version", "power.limit", "clocks.sm", "clocks.max.sm", "clocks.mem", "compute_mode", "mig.mode.current")
-_PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "transformers", "apex", "transformer-engine", "flashoptim")
+_QUERIES = (
+    "driver_version",
+    "power.limit",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "compute_mode",
+    "mig.mode.current",
+)
+_PACKAGES = (
+    "torch",
+    "triton",
+    "deepspeed",
+    "megatron-core",
+    "transformers",
+    "apex",
+    "transformer-engine",
+    "flashoptim",
+)
 
 
 def version(package):

@@ -28,6 +28,11 @@ class Size:
     batch: int
 
 
+def stages_of(asked, dry):
+    """How many stages are run: in a rehearsal half as many as asked for, so that two cores suffice."""
+    return min(asked, max(2, asked // 2)) if dry else asked
+
+
 def size(stages, dry):
     """One block a stage at least; 50 calls, or few in a rehearsal."""
     if dry:

@@ -135,14 +135,15 @@ def main():
     p.add_argument("--dry", action="store_true")
     p.add_argument("--as-rank", action="store_true")
     args = p.parse_args()
+    stages = model.stages_of(args.stages, args.dry)
     if args.as_rank:
-        rank_main(args.stages, args.dry)
+        rank_main(stages, args.dry)
         return
-    ranks = Ranks(_MODULE, args.stages, ["--stages", str(args.stages), *["--dry"] * args.dry])
-    device, of = gpu.of(args.dry), model.size(args.stages, args.dry)
-    simulated = model.simulated_losses(args.stages, of, device)
+    ranks = Ranks(_MODULE, stages, ["--stages", str(args.stages), *["--dry"] * args.dry])
+    device, of = gpu.of(args.dry), model.size(stages, args.dry)
+    simulated = model.simulated_losses(stages, of, device)
     row, wrong = model.row_of(ranks.gather(), simulated, device, of.calls)
-    print(json.dumps({"stages": args.stages, "gas": model.GAS, "calls": of.calls, "way": ranks.way} | row))
+    print(json.dumps({"stages": stages, "gas": model.GAS, "calls": of.calls, "way": ranks.way} | row))
     if wrong:
         sys.exit("; ".join(wrong))
 

@@ -1,9 +1,9 @@
 """How several ranks get at the GPUs there are. Pure.
 
 NCCL refuses two ranks of a communicator on one device of one host ("Duplicate GPU detected"). From 2.30 on
-NCCL_MULTI_RANK_GPU_ENABLE=1 allows it. Before, ranks that say by NCCL_HOSTID to be on hosts of their own are let through
-and talk over sockets: slow, but the order of everything on streams and communicators is the real one, which is what is
-to be shown.
+NCCL_MULTI_RANK_GPU_ENABLE=1 allows it. Before, ranks that say by NCCL_HOSTID to be on hosts of their own are let
+through and talk over sockets: slow, but the order of everything on streams and communicators is the real one, which is
+what is to be shown.
 """
 
 from __future__ import annotations
