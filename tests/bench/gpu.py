@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
 
 from tests.bench import record  # noqa: E402
 from tests.bench.checkout import lay_out  # noqa: E402
@@ -31,6 +31,10 @@ from tests.bench.gpu_parts.printed import last_object  # noqa: E402
 from tests.bench.gpu_parts.table import BUDGET_S, ENDS, PARTS, chosen, lacking, skipped  # noqa: E402
 
 LAST_LINES = 12
+_OF_OTHER_RUNS = (
+    *("TRITON_INTERPRET", "DS_ACCELERATOR", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def installed(name):
@@ -44,7 +48,7 @@ def installed(name):
 def environment(package, dry):
     """Of every part: this checkout's noflush first, and no setting of another run."""
     found = dict(os.environ)
-    for name in ("TRITON_INTERPRET", "DS_ACCELERATOR", "CUDA_DEVICE_MAX_CONNECTIONS", "RANK", "WORLD_SIZE"):
+    for name in _OF_OTHER_RUNS:
         found.pop(name, None)
     if dry:
         found |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

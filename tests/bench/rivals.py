@@ -9,8 +9,8 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PIECE = 1_000_000  # elements a parameter, as a model has them
 
-# name -> bytes a parameter: (of its state, that a step takes beyond it). FlashAdamW keeps masters of 24 bits and moments
-# of 8 bits with their scales. A foreach step makes whole lists of temporaries.
+# name -> bytes a parameter: (of its state, that a step takes beyond it). FlashAdamW keeps masters of 24 bits, and
+# moments of 8 bits with their scales; a foreach step makes whole lists of temporaries.
 STATE = {
     "foreach_nadam": (8.0, 12.0),
     "fused_adamw": (8.0, 0.0),

@@ -73,8 +73,9 @@ def difference(losses, simulated):
     return (torch.tensor(losses) - torch.tensor(simulated)).abs().max().item()
 
 
-CLOSE = {"cpu": 0.0, "cuda": 0.05}
-"""How far losses may be from the simulator's: on a GPU kernels round differently, and training carries that on."""
+CLOSE = {"cpu": 0.0, "cuda": 1e-3}
+"""How far losses may be from the simulator's. At 4 stages, over 50 calls, a rounding in every weight (1e-7) makes a
+difference of 1e-6, one micro-batch more in flight 0.012, and the flush 0.04."""
 
 
 def row_of(ranks, simulated, device, calls):

@@ -15,7 +15,7 @@ from tests.bench.gpu_parts import device as gpu
 from tests.bench.gpu_parts import machine
 from tests.bench.gpu_parts.ranks import Ranks, RanksError, join, own_device
 
-_EACH_S = 18.0
+_EACH_S = 20.0
 _MODULE = "tests.bench.gpu_parts.sharing"
 
 

@@ -36,35 +36,31 @@ class Part:
 
 
 _ONE_QUEUE = (("CUDA_DEVICE_MAX_CONNECTIONS", "1"),)
-_MEGATRON = ("deepspeed", "megatron.core", "triton")
+_KERNEL = ("triton",)
+_ENGINE = ("triton", "deepspeed")
+_LAUNCHER = ("triton", "deepspeed", "megatron.core")
+_SMALL = ("--model", "bf16", "--gradient", "bf16", "--moments", "bf16")
 
-# Cheap and certain ones first: what may hang costs the parts behind it their time.
+# What takes one process comes first, and eight processes last: what hangs costs the parts behind it their time.
 PARTS = (
     Part("machine", "on what, and by which versions", 60, "machine", devices=0),
-    Part("update-steady", "does an update wait, allocate, or resist a graph", 45, "steady", packages=("triton",)),
-    Part("update-fp32", "bandwidth of the update, float32", 45, "bandwidth", packages=("triton",)),
-    Part("update-bf16", "the same, bf16 weights", 45, "bandwidth", ("--model", "bf16"), ("triton",)),
-    Part(
-        "update-bf16-moments",
-        "the same, bf16 weights, gradients and moments",
-        45,
-        "bandwidth",
-        ("--model", "bf16", "--gradient", "bf16", "--moments", "bf16"),
-        ("triton",),
-    ),
-    Part("sharing", "by which way can two NCCL ranks share a GPU", 60, "sharing"),
-    Part("stages-2", "do 50 calls of 2 stages get through", 45, "stages", ("--stages", "2"), ("triton",)),
-    Part("stages-4", "of 4 stages", 50, "stages", ("--stages", "4"), ("triton",)),
-    Part("stages-8", "of 8 stages", 60, "stages", ("--stages", "8"), ("triton",)),
-    Part("stages-4-one-queue", "on one hardware queue", 50, "stages", ("--stages", "4"), ("triton",), 1, _ONE_QUEUE),
-    Part("engine-1", "what waits in a steady call of the engine", 60, "engine", ("--stages", "1"), _MEGATRON[::2]),
-    Part("engine-2", "do 50 calls of DeepSpeed's engine get through", 60, "engine", ("--stages", "2"), _MEGATRON[::2]),
-    Part("engine-4", "of 4 stages", 60, "engine", ("--stages", "4"), _MEGATRON[::2]),
-    Part("engine-8", "of 8 stages", 75, "engine", ("--stages", "8"), _MEGATRON[::2]),
-    Part("megatron-bf16", "tokens a second and memory at 134 M", 60, "megatron", ("--bf16",), _MEGATRON),
-    Part("megatron-fp32", "the same in float32", 60, "megatron", (), _MEGATRON),
-    Part("communicators", "memory of a pair of communicators", 45, "communicators"),
+    Part("update-steady", "does an update wait, allocate, or resist a graph", 45, "steady", (), _KERNEL),
+    Part("update-fp32", "bandwidth of the update, float32", 45, "bandwidth", (), _KERNEL),
+    Part("update-bf16", "the same, bf16 weights", 45, "bandwidth", ("--model", "bf16"), _KERNEL),
+    Part("update-bf16-moments", "the same, all but masters in bf16", 45, "bandwidth", _SMALL, _KERNEL),
+    Part("engine-1", "where a steady call of the engine waits", 60, "engine", ("--stages", "1"), _ENGINE),
+    Part("megatron-bf16", "tokens a second and memory at 134 M", 60, "megatron", ("--bf16",), _LAUNCHER),
+    Part("megatron-fp32", "the same in float32", 60, "megatron", (), _LAUNCHER),
+    Part("sharing", "by which way two ranks of NCCL can share a GPU", 75, "sharing"),
+    Part("stages-2", "do 50 calls of 2 stages get through", 50, "stages", ("--stages", "2"), _KERNEL),
+    Part("engine-2", "the same by DeepSpeed's engine", 60, "engine", ("--stages", "2"), _ENGINE),
+    Part("stages-4", "do 50 calls of 4 stages get through", 60, "stages", ("--stages", "4"), _KERNEL),
+    Part("engine-4", "the same by DeepSpeed's engine", 60, "engine", ("--stages", "4"), _ENGINE),
+    Part("stages-4-one-queue", "one hardware queue", 60, "stages", ("--stages", "4"), _KERNEL, environment=_ONE_QUEUE),
+    Part("communicators", "memory of a communicator", 45, "communicators"),
     Part("overlap", "max_ctas and priority: 16 MB beside a matmul", 45, "overlap", devices=2),
+    Part("stages-8", "do 50 calls of 8 stages get through", 90, "stages", ("--stages", "8"), _KERNEL),
+    Part("engine-8", "the same by DeepSpeed's engine", 90, "engine", ("--stages", "8"), _ENGINE),
 )
 
 
