@@ -10,7 +10,7 @@ import pytest
 
 from tests.bench import gpu, rivals
 from tests.bench.checkout import lay_out
-from tests.bench.gpu_parts import model, ways
+from tests.bench.gpu_parts import model, steady, ways
 from tests.bench.gpu_parts.megatron_log import figures
 from tests.bench.gpu_parts.printed import last_object
 from tests.bench.gpu_parts.table import BUDGET_S, PARTS, Part, chosen, lacking, skipped
@@ -133,6 +133,16 @@ def test_a_billion_parameters_become_as_many_as_fit():
         assert rivals.fitting(1000, 79e9, *kinds) == 1000
     # Twice gradient, weights, target and two moments; copy; torch's weights and gradients, bf16 ones; four states.
     assert rivals.bytes_held("fp32", "fp32", "fp32")[0] == 2 * 20 + 8 + 8 + 4 + 8 + 8 + 8 + 4
+
+
+def test_an_update_that_allocates_or_is_not_made_or_is_another_is_not_right():
+    good = {"blocks_given_out": 0, "segments_from_driver": 0, "steps": 12, "max_difference_from_reference": 1e-6}
+    assert steady.right(good)
+    assert steady.right({"steps": 12, "max_difference_from_reference": 1e-6})  # a CPU counts no blocks
+    for fault in ({"blocks_given_out": 1}, {"segments_from_driver": 1}, {"steps": 11}):
+        assert not steady.right(good | fault)
+    assert not steady.right(good | {"max_difference_from_reference": 1e-3})
+    assert not steady.right(good | {"max_difference_from_reference": float("nan")})
 
 
 def test_losses_that_are_missing_or_not_finite_are_not_close():
