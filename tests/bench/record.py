@@ -26,19 +26,27 @@ def hardware(device="cpu"):
 
 
 def commit():
-    """The commit checked out, marked -dirty if files differ."""
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return out.stdout.strip()
+    """The commit checked out, marked -dirty if files differ; unknown where git cannot tell."""
+    try:
+        out = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return out.stdout.strip() or "unknown"
 
 
 def record(name, result, device="cpu"):
     """Appends ``result`` to results/``name``.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
+    append(RESULTS / f"{name}.jsonl", name, result, hardware(device), commit())
+
+
+def append(file, name, result, measured_on, at_commit):
+    """Appends ``result`` to ``file``, with the hardware and the commit as they are given."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     row = result | {
-        "hardware": hardware(device),
+        "hardware": measured_on,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": at_commit,
         "command": f"python tests/bench/{name}.py " + " ".join(sys.argv[1:]),
     }
-    with open(RESULTS / f"{name}.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(file, "a") as rows:
+        rows.write(json.dumps(row) + "\n")

@@ -4,10 +4,10 @@
     python tests/bench/update.py --device cuda --numel 1000000000 --model bf16 --json --record
 
 All take turns in one process; figures are medians. ``ours`` is what ``kernel: auto`` takes: Triton on a GPU,
-`torch.compile` on a CPU. Torch's optimizers get float32 parameters of a million elements each, as a model has them.
-On a GPU it also checks what cannot be checked elsewhere: no host synchronisation in a step (torch's sync debug
-mode), no allocation in the steady state, capture in a CUDA graph, and the weights against the reference.
-``--bytes`` prints the table of bytes a parameter that each variant must move, and needs no device.
+`torch.compile` on a CPU. The others get parameters of a million elements each, as a model has them. On a GPU fewer
+parameters are taken than asked for where all of it would not fit. Whether an update waits, allocates or can be
+captured, ``gpu.py --only update-steady`` says. ``--bytes`` prints the table of bytes a parameter that each variant must
+move, and needs no device.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from noflush.kernels.flat import Flat  # noqa: E402
 from noflush.kernels.host import HostKernel  # noqa: E402
 from noflush.kernels.scalars import Hyper  # noqa: E402
 from tests.bench.record import record  # noqa: E402
+from tests.bench.rivals import DTYPES, bytes_held, fitting, steps  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HYPER = {
     "nadamw": Hyper(3e-4, 0.99, 0.999, 1e-8, 0.01, 4e-3, 0.0),
     "adamw": Hyper(3e-4, 0.9, 0.999, 1e-8, 0.01),
@@ -86,25 +86,6 @@ class Ours:
         self.kernel.norm([self.gradient])
 
 
-def torch_optimizers(n, device):
-    """name -> step, over float32 parameters of a million elements."""
-    sizes = [1_000_000] * (n // 1_000_000) + ([n % 1_000_000] if n % 1_000_000 else [])
-    parameters = [torch.nn.Parameter(torch.randn(size, device=device)) for size in sizes]
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    makers = {
-        "foreach_nadam": lambda ps: torch.optim.NAdam(ps, 3e-4, decoupled_weight_decay=True, foreach=True),
-        "fused_adamw": lambda ps: torch.optim.AdamW(ps, 3e-4, fused=True),
-    }
-    if device.type == "cuda":
-        for name, module in (("apex_fused_adam", "apex.optimizers"), ("deepspeed_fused_adam", "deepspeed.ops.adam")):
-            try:
-                makers[name] = __import__(module, fromlist=["FusedAdam"]).FusedAdam
-            except (ImportError, AttributeError):
-                print(f"{name}: not installed", file=sys.stderr)
-    return {name: make(parameters).step for name, make in makers.items()}
-
-
 def milliseconds(action, device):
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -118,76 +99,33 @@ def milliseconds(action, device):
     return (time.perf_counter() - start) * 1e3
 
 
-def gpu_checks(args, device):
-    """What only a GPU can show, on a million elements."""
-    small = argparse.Namespace(**vars(args) | {"numel": 1_000_003})
-    kernel, _ = choose("triton", device, small.numel)
-    ours, reference = Ours(kernel, small, device), Ours(HostKernel(), small, device)
-    gradients = [torch.randn(small.numel, device=device).to(ours.gradient.dtype) for _ in range(12)]
-
-    def step(run, gradient):
-        run.gradient.copy_(gradient)
-        run.whole()
-        if not run.flat.master:
-            run.flat.weights.copy_(run.flat.target)
-
-    step(ours, gradients[0])
-    step(reference, gradients[0])
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    for gradient in gradients[1:6]:
-        step(ours, gradient)
-    torch.cuda.set_sync_debug_mode("default")
-    allocations = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-    graph, source = torch.cuda.CUDAGraph(), gradients[6].clone()
-    with torch.cuda.graph(graph):  # captures without running
-        step(ours, source)
-    for gradient in gradients[6:]:
-        source.copy_(gradient)
-        graph.replay()
-    for gradient in gradients[1:]:
-        step(reference, gradient)
-    torch.cuda.synchronize()
-    difference = (ours.flat.weights - reference.flat.weights).abs().max().item()
-    return {
-        "host_synchronisations": 0,  # sync debug mode would have raised
-        "allocations_in_5_steps": allocations,
-        "steps": int(ours.flat.clock[0].item()),
-        "max_difference_from_reference": difference,
-    }
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--numel", type=int, default=50_000_000)
-    p.add_argument("--rule", choices=list(HYPER), default="nadamw")
-    p.add_argument("--gradient", choices=list(DTYPES), default="fp32")
-    p.add_argument("--model", choices=list(DTYPES), default="fp32")
-    p.add_argument("--moments", choices=["fp32", "bf16"], default="fp32")
-    p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--bytes", action="store_true", help="print the bytes each variant moves, and end")
-    p.add_argument("--json", action="store_true", help="print one JSON object")
-    p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/update.jsonl")
-    args = p.parse_args()
-    if args.bytes:
-        print_bytes()
-        return
+def measure(args):
+    """The row for ``args``: as many of ``args.numel`` parameters as fit into the memory that is free."""
     device = torch.device(args.device)
     n = args.numel
-    kernel, _ = choose("triton" if args.device == "cuda" else "compile", device, n)
-    ours, plain = Ours(kernel, args, device), Ours(HostKernel(), args, device)
+    if args.device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        n = fitting(n, free, args.gradient, args.model, args.moments, args.rule == "nag")
+    sized = argparse.Namespace(**vars(args) | {"numel": n})
+    kernel, _ = choose(args.kernel, device, n)
+    ours, plain = Ours(kernel, sized, device), Ours(HostKernel(), sized, device)
     here, there = torch.randn(n, device=device), torch.empty(n, device=device)
+    rivals, without = steps(n, device)
     actions = {
         "ours": ours.update,
         "ours_norm": ours.only_norm,
         "torch_kernel": plain.update,
         "copy": lambda: there.copy_(here),
-        **torch_optimizers(n, device),
+        **rivals,
     }
-    for action in actions.values():
-        action()
+    for name, action in list(actions.items()):
+        try:
+            action()
+        except Exception as error:
+            if name in ("ours", "ours_norm", "copy"):
+                raise
+            without[name] = f"{type(error).__name__}: {error}"[:200]
+            del actions[name]
     times = {name: [] for name in actions}
     for _ in range(args.rounds):
         for name, action in actions.items():
@@ -199,16 +137,47 @@ def main():
         "ours_GBps": round(ours_rate, 1),
         "copy_GBps": round(copy_rate, 1),
         "fraction_of_copy": round(ours_rate / copy_rate, 3),
-        "foreach_nadam_over_ours": round(median["foreach_nadam"] / median["ours"], 2),
-        "fused_adamw_over_ours": round(median["fused_adamw"] / median["ours"], 2),
+        **{f"{name}_over_ours": round(median[name] / median["ours"], 2) for name in rivals if name in median},
+        "without": without,
         "bytes_a_parameter": moved,
         "kernel": kernel.name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **{key: getattr(args, key) for key in ("device", "numel", "rule", "gradient", "model", "moments")},
+        **{key: getattr(sized, key) for key in ("device", "numel", "rule", "gradient", "model", "moments")},
     }
     if args.device == "cuda":
-        result |= gpu_checks(args, device)
+        held = bytes_held(args.gradient, args.model, args.moments, args.rule == "nag")
+        result |= {
+            "asked_numel": args.numel,
+            "counted_GB": round(n * sum(held) / 1e9, 1),
+            "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 1),
+        }
+    return result
+
+
+def add_kinds(p):
+    """The arguments that say which update."""
+    p.add_argument("--rule", choices=list(HYPER), default="nadamw")
+    p.add_argument("--gradient", choices=list(DTYPES), default="fp32")
+    p.add_argument("--model", choices=list(DTYPES), default="fp32")
+    p.add_argument("--moments", choices=["fp32", "bf16"], default="fp32")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--numel", type=int, default=50_000_000)
+    add_kinds(p)
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--bytes", action="store_true", help="print the bytes each variant moves, and end")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/update.jsonl")
+    args = p.parse_args()
+    if args.bytes:
+        print_bytes()
+        return
+    args.kernel = "triton" if args.device == "cuda" else "compile"
+    result = measure(args)
     if args.record:
         record("update", result, args.device)
     if args.json:
