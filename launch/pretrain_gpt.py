@@ -44,7 +44,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.arguments.files import file_faults, token_id_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer
-    from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults
+    from noflush.launch.training.checkpoint_faults import folder_faults, listed_part_faults, load_part_faults
     from noflush.launch.training.checkpoints import model_faults
     from noflush.launch.training.devices import device_faults
     from noflush.launch.training.vocabulary import with_vocabulary
@@ -62,6 +62,7 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
             faults.append(str(error))
         else:
             faults += token_id_faults(settings.data, tokenizer.vocab_size)
+    faults += [] if faults else listed_part_faults(settings.checkpoints)
     faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
     faults += [] if faults else load_part_faults(settings)
     if faults:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from noflush.checkpoint import CheckpointError, checkpoints_in, is_tag, listed, newest_complete
@@ -94,18 +94,33 @@ def load_part_faults(settings: Settings) -> list[str]:
     return [f"--load {checkpoints.load}: {fault}" for fault in faults]
 
 
+def listed_part_faults(settings: Checkpoints) -> list[str]:
+    """Which files are missing or cut short that the checkpoint's own list names, whatever run is to load it.
+
+    To be asked first: what is missing would else pass for a checkpoint of fewer stages.
+    """
+    tag = settings.load and (settings.tag or newest_complete(settings.load))
+    if not settings.load or not tag:
+        return []
+    return [f"--load {settings.load}: {fault}" for fault in _part_faults(Path(settings.load) / tag, lambda there: [])]
+
+
 def part_faults(checkpoint: Path, model: Model, ranks: Ranks, shards: bool) -> list[str]:
     """Which files of ``checkpoint`` are missing or cut short for a run of ``model`` over ``ranks``.
 
     By what DeepSpeed's names must be, and by the checkpoint's own list of files if it has one. ``shards``: whether the
     optimizer's state is read too, and split over replicas.
     """
+    return _part_faults(checkpoint, lambda there: _needed(there, model, ranks, shards))
+
+
+def _part_faults(checkpoint: Path, by_name: Callable[[Mapping[str, int]], list[str]]) -> list[str]:
     try:
         sizes = read_manifest(checkpoint)
         there = {entry.name: entry.stat().st_size for entry in os.scandir(checkpoint) if entry.is_file()}
     except (OSError, ValueError) as error:
         return [f"{checkpoint} cannot be read: {error}; {_OTHER}"]
-    needed = dict.fromkeys([*sizes, *_needed(there, model, ranks, shards)])
+    needed = dict.fromkeys([*sizes, *by_name(there)])
     missing = [name for name in needed if name not in there]
     faults = []
     if missing:

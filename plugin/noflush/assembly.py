@@ -44,12 +44,14 @@ def make_runner(
     """The stage's runner, with its weight ring and its channels."""
     # What no optimizer updates has one version for ever, and stays where it is.
     stash = schedule.weights != "latest"
-    ring = WeightRing(weights.layouts, schedule.versions_alive(engine.stage_id), stash, home=weights.home)
+    device = torch.device(engine.device)
+    versions = schedule.versions_alive(engine.stage_id)
+    ring = WeightRing(weights.layouts, versions, stash, home=weights.home, device=device)
     _attend(engine)
     neighbours = connect(
         pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
         rank=engine.global_rank,
-        device=torch.device(engine.device),
+        device=device,
         timeout_s=block.peer_timeout_s,
     )
     return StageRunner(
@@ -66,9 +68,15 @@ def make_runner(
 
 def make_watch(neighbours: Neighbours, backend: str) -> PeerWatch:
     """The watch over ``neighbours``, begun; nobody is watched on gloo, whose waits notice by themselves."""
-    watch = PeerWatch(() if backend == "gloo" else neighbours.watched)
+    watch = PeerWatch(() if backend == "gloo" else neighbours.watched, _mark if torch.cuda.is_available() else None)
     watch.start()
     return watch
+
+
+def _mark() -> Any:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _attend(engine: Any) -> None:
@@ -100,7 +108,7 @@ def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any]
         engine.micro_batches,
         reads,
         pull,
-        Prefetch(torch.device(engine.device)),
+        Prefetch(torch.device(engine.device), engine.is_first_stage(), engine.is_last_stage()),
         neighbours.control_in,
         neighbours.control_out,
         replicas,

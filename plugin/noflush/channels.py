@@ -11,6 +11,7 @@ in `posting`.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,8 @@ class Outbox:
 
     def send(self, index: int, tensors: Sequence[Tensor]) -> None:
         """Starts sending message ``index``; the tensors must not be written until it is retired."""
-        payload = [_wire(t.detach().contiguous()) for t in tensors]
+        # Conjugated and negated lazily, a tensor has no bytes of its own to show.
+        payload = [_wire(t.detach().resolve_conj().resolve_neg().contiguous()) for t in tensors]
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
@@ -199,7 +201,8 @@ class ControlIn:
 class Neighbours:
     """Every channel of one stage; None where there is no neighbour.
 
-    ``watched``: the neighbours, by gloo groups that are for `PeerWatch` alone; none over gloo, which needs no watch.
+    ``watched``: whom `PeerWatch` watches, by gloo groups of its own: the neighbours, and those next in the row of ranks
+    that share the stage. None over gloo, which needs no watch.
     """
 
     activations_out: Outbox | None = None
@@ -263,13 +266,27 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
                     neighbours.activations_out = Outbox(below(down), "activation", device)
                     neighbours.gradients_in = Inbox(below(up), "gradient", device)
                     neighbours.control_out = ControlOut(below(control))
-                    neighbours.watched += () if over_gloo else (below(watch),)
+                    neighbours.watched += () if over_gloo else (below(watch, attention=Attention(timeout_s)),)
                 elif rank == pair[1]:
                     above = partial(far, rank=pair[0], stage=s, own_stage=s + 1)
                     neighbours.activations_in = Inbox(above(down), "activation", device)
                     neighbours.gradients_out = Outbox(above(up), "gradient", device)
                     neighbours.control_in = ControlIn(above(control))
-                    neighbours.watched += () if over_gloo else (above(watch),)
+                    neighbours.watched += () if over_gloo else (above(watch, attention=Attention(timeout_s)),)
+        if not over_gloo:
+            neighbours.watched += _chained(pipelines, rank, timeout_s)
     if device.type != "cpu":
         neighbours.warm_up()
     return neighbours
+
+
+def _chained(pipelines: Sequence[Sequence[int]], rank: int, timeout_s: float) -> tuple[Peer, ...]:
+    """Groups between successive ranks that share a stage, of all stages; this rank's ends of them."""
+    ends: list[Peer] = []
+    for stage, column in enumerate(zip(*pipelines, strict=True)):
+        for one, other in itertools.pairwise(column):
+            group = dist.new_group([one, other], timeout=timedelta(seconds=timeout_s), backend="gloo")
+            if rank in (one, other):
+                far = other if rank == one else one
+                ends.append(Peer(group, far, stage, rank, stage, timeout_s, Attention(timeout_s)))
+    return tuple(ends)

@@ -40,18 +40,20 @@ def program(schedule: Schedule, posting: Posting | None = None) -> list[list[lis
     return [[with_communication(schedule.stages, actions) for actions in column] for column in body]
 
 
-def prove(schedule: Schedule, posting: Posting = "ahead", replicas: int = 1) -> None:
+def prove(schedule: Schedule, posting: Posting = "ahead", replicas: int = 1, one_norm: bool = False) -> None:
     """Raises ScheduleError unless ``schedule`` is free of deadlock and its weight versions fit their slots.
 
     Args:
         schedule: what is to be run.
         posting: when receives are posted; ``in_step`` is proven under an accelerator's rules too.
         replicas: data-parallel pipelines, whose stages reduce their gradients with each other.
+        one_norm: whether an update is a collective of all stages (tied layers, ``clip: global``).
     """
     order = program(schedule, posting)
     check_order(order)
+    check_posts(order)
     if posting == "in_step":
-        check_in_step(order, schedule.gas, replicas)
+        check_in_step(order, schedule.gas, replicas, one_norm)
     check_versions(schedule, order)
 
 
@@ -88,7 +90,28 @@ def check_order(order: Program) -> None:
     _check_all_finished(order, done)
 
 
-def check_in_step(order: Program, gas: int, replicas: int = 1) -> None:
+def check_posts(order: Program) -> None:
+    """Raises ScheduleError where a receive is waited for that was not posted, or one posted that cannot come yet."""
+    for stage in range(len(order[0])):
+        posted = {Op.RECV_ACTIVATION: 0, Op.RECV_GRAD: 0}
+        sent = 0
+        for call, column in enumerate(order):
+            for position, action in enumerate(column[stage]):
+                why = None
+                if action.op is Op.POST_ACTIVATION:
+                    posted[Op.RECV_ACTIVATION] = max(posted[Op.RECV_ACTIVATION], action.index + 1)
+                elif action.op is Op.POST_GRAD:
+                    posted[Op.RECV_GRAD] = max(posted[Op.RECV_GRAD], action.index + 1)
+                    why = "its activation was not sent, nor is it next" if action.index > sent else None
+                elif action.op is Op.SEND_ACTIVATION:
+                    sent = action.index + 1
+                elif action.op in posted and action.index >= posted[action.op]:
+                    why = "it was not posted"
+                if why:
+                    raise ScheduleError(f"{action} in call {call}: {why}\n" + draw(order, call, stage, position))
+
+
+def check_in_step(order: Program, gas: int, replicas: int = 1, one_norm: bool = False) -> None:
     """Raises ScheduleError if a host that finishes all it has started before it starts anything else would hang.
 
     That host is the strictest an accelerator can have. A send and its receive are one kernel on either side, done when
@@ -99,12 +122,16 @@ def check_in_step(order: Program, gas: int, replicas: int = 1) -> None:
     them each time is every such wait at once. Waits can only close a circle, never open one, so what gets to its
     end here gets there under any of them.
 
+    Assumed: a kernel that is enqueued earlier gets its place on the device although a receive that was enqueued later
+    occupies a few multiprocessors already. A cooperative kernel that needs all of them would be none.
+
     Args:
         order: a program of `call_order`'s, posts included.
         gas: K: the last backward of a batch at the last stage, and every update, is a collective of the replicas.
         replicas: pipelines that run ``order`` side by side.
+        one_norm: an update is a collective of all stages of all replicas.
     """
-    hosts = _StrictHosts(len(order[0]), gas, replicas)
+    hosts = _StrictHosts(len(order[0]), gas, replicas, one_norm)
     for call, column in enumerate(order):
         stuck = hosts.play(column)
         if stuck is not None:
@@ -122,8 +149,8 @@ _Worker = tuple[int, int]  # replica, stage
 class _StrictHosts:
     """One host a replica and stage; each finishes what it has started before it starts anything else."""
 
-    def __init__(self, stages: int, gas: int, replicas: int) -> None:
-        self._stages, self._gas, self._replicas = stages, gas, replicas
+    def __init__(self, stages: int, gas: int, replicas: int, one_norm: bool) -> None:
+        self._stages, self._gas, self._replicas, self._one_norm = stages, gas, replicas, one_norm
         self._workers = [(d, s) for d in range(replicas) for s in range(stages)]
         self._received = {(worker, op): 0 for worker in self._workers for op in POSTS}
         self._column: Sequence[Sequence[Action]] = ()
@@ -174,8 +201,9 @@ class _StrictHosts:
             return [peer]
         peers = [worker]
         if self._is_collective(action):
-            peers = [(d, stage) for d in range(self._replicas)]
-            if any(self._head(peer) != action for peer in peers):
+            everybody = self._one_norm and action.op is Op.UPDATE
+            peers = self._workers if everybody else [(d, stage) for d in range(self._replicas)]
+            if any(self._head(peer) != Action(peer[1], action.op, action.index) for peer in peers):
                 return None
         for peer in peers:
             self._at[peer] += 1

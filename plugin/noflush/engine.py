@@ -78,7 +78,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         host_config = kwargs["config_class"]
         replicas = dist.get_world_size() // schedule.stages  # tensor-parallel slices count: they reduce alike
-        prove(schedule, posting_of(dist.get_backend()), min(replicas, 2))
+        self._nf_one_norm = block.clip == "global" or any(
+            isinstance(spec, TiedLayerSpec) for spec in kwargs["model"]._layer_specs
+        )
+        prove(schedule, posting_of(dist.get_backend()), min(replicas, 2), self._nf_one_norm)
         # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
         self._nf_breakdown = bool(host_config.wall_clock_breakdown)
         host_config.wall_clock_breakdown = False
@@ -101,9 +104,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
-        weights = self._nf_weights = weights_of(
-            self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices(block.clip == "global")
-        )
+        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices())
         runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
         self._nf_watch = make_watch(runner.neighbours, dist.get_backend())
         self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
@@ -120,13 +121,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
 
-    def _nf_slices(self, clips_globally: bool) -> Slices:
+    def _nf_slices(self) -> Slices:
         grid = self.grid
         rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
-        tied = any(isinstance(spec, TiedLayerSpec) for spec in self.module._layer_specs)
-        # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
-        self._nf_one_norm = tied or clips_globally
         if self._nf_one_norm:
+            # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
             return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
         return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
 
@@ -212,12 +211,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.fwd_outputs: list[Any] = []
             self._nf_updated = False
             self._nf_runner.run_call()
-        self.global_steps += 1
-        self.global_samples += self._nf_samples_per_call
-        self._step_applied = self._nf_updated
-        self._nf_recorder.end_call(begun)
-        self._nf_after_call()
-        return self.agg_train_loss.clone()
+            self.global_steps += 1
+            self.global_samples += self._nf_samples_per_call
+            self._step_applied = self._nf_updated
+            self._nf_recorder.end_call(begun)
+            self._nf_after_call()
+            return self.agg_train_loss.clone()
 
     def _nf_open_call(self) -> None:
         """Agrees with the other stages on the call, and hears what they have to tell."""
@@ -246,12 +245,20 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         while it drains, at each validation, and jumps afterwards; then a run's rates would depend on how often it was
         looked at.)
         """
+        with self._nf_recorder.outside_calls(), self._nf_watch.on_duty():
+            self._nf_drain()
+
+    def _nf_drain(self) -> None:
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
         self.module.train()
-        with self._nf_recorder.outside_calls(), self._nf_watch.on_duty():
-            self._nf_runner.drain()
+        self._nf_runner.drain()
         self.module.train(was_training)
+        if torch.device(self.device).type == "cuda":
+            # A rank that ends takes with it what its neighbours have not received yet: nobody goes on before all have.
+            torch.cuda.synchronize()
+            if self.num_stages > 1:
+                dist.barrier(group=self.grid.get_pipe_parallel_group())
         if self.fp16_enabled():
             self._nf_agree_on_scale()
         else:
@@ -536,7 +543,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 "data-parallel replicas"
             )
         schedule = replace(self._nf_schedule, gas=gas)
-        prove(schedule, posting_of(dist.get_backend()), min(self.dp_world_size, 2))
+        prove(schedule, posting_of(dist.get_backend()), min(self.dp_world_size, 2), self._nf_one_norm)
         self.drain()
         super().set_train_batch_size(train_batch_size)
         self._nf_schedule = self._nf_runner.schedule = schedule

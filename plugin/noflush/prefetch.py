@@ -12,10 +12,16 @@ from torch import Tensor
 
 
 class Prefetch:
-    """Copies nested batches to ``device`` on a stream of its own; on a CPU hands them on as they are."""
+    """Copies what a stage reads of (inputs, labels) to its device, on a stream of its own; on a CPU hands batches on.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: the stage's.
+        inputs, labels: whether it reads them.
+    """
+
+    def __init__(self, device: torch.device, inputs: bool = True, labels: bool = True) -> None:
         self._device = device
+        self._reads = inputs, labels
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -24,7 +30,7 @@ class Prefetch:
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):
-            moved = self._moved(batch)
+            moved = self._read_part(batch)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record(self._stream)
         return moved, arrived
@@ -38,12 +44,19 @@ class Prefetch:
             self._reads_on(stream, batch)
         return batch
 
+    def _read_part(self, batch: Any) -> Any:
+        if not isinstance(batch, (tuple, list)):  # refused when it is taken
+            return batch
+        reads = (*self._reads, *[False] * len(batch))
+        return tuple(self._moved(part) if read else part for part, read in zip(batch, reads, strict=False))
+
     def _moved(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             if value.device == self._device:
                 return value
-            if self._stream is not None and value.device.type == "cpu" and not value.is_pinned():
-                value = value.pin_memory()  # only a copy from pinned memory does not hold up the host
+            if self._stream is not None and value.device.type == "cpu":
+                # Only a copy from pinned memory does not hold up the host. Its own: who pulls may fill his buffer anew.
+                value = torch.empty_like(value, pin_memory=True).copy_(value)
             return value.to(self._device, non_blocking=True)
         return _map(self._moved, value)
 

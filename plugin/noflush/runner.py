@@ -56,8 +56,7 @@ class StageRunner:
         work: the host's side.
         recorder: where events go.
         report: spec of the report tensor that travels up with the last gradient of every batch.
-        post_across_calls: whether receives may wait for messages of later calls (gloo yes; NCCL no, because
-            user code that synchronises the device between calls would wait for them).
+        posting: when receives are posted.
     """
 
     def __init__(

@@ -95,6 +95,7 @@ class Recorder:
     ) -> None:
         self.stage = stage
         self._device = device
+        self._of_call: list[tuple[Op | None, int]] = []
         self._path = Path(folder) / f"rank{rank}.json" if folder else None
         self._rank = rank
         self._events = np.zeros((capacity, 4), dtype=np.int64)
@@ -145,11 +146,14 @@ class Recorder:
 
     def _settle(self) -> None:
         for op, ns in self._device.settle() if self._device is not None else ():
-            if op is None:
+            self._of_call.append((op, ns))
+            if op is None:  # what a call did counts when the call is over, against its own time
+                for done, spent in self._of_call[:-1]:
+                    assert done is not None
+                    self._busy_ns[_CODE[done]] += spent
+                    self._times[_CODE[done]] += 1
                 self._spent_ns += ns
-            else:
-                self._busy_ns[_CODE[op]] += ns
-                self._times[_CODE[op]] += 1
+                self._of_call.clear()
 
     def totals(self) -> tuple[int, int]:
         """Nanoseconds of compute, and nanoseconds in `train_batch`, since the run began."""

@@ -102,6 +102,7 @@ class WeightRing:
         stash: False for the policy ``latest``: one slot, written in place, and a backward sees what is there.
         first: number of the version the parameters hold now.
         home: flat tensors that the parameters lie in already (a flat a layout), to be the first slot.
+        device: where the stage computes; of a stage without weights nothing else says so.
     """
 
     def __init__(
@@ -111,7 +112,9 @@ class WeightRing:
         stash: bool = True,
         first: int = 0,
         home: Sequence[Tensor] | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device or torch.device("cpu")
         self.layouts = list(layouts)
         self.params = [param for layout in self.layouts for param in layout.params]
         self.stash = stash
@@ -149,8 +152,8 @@ class WeightRing:
 
     @property
     def device(self) -> torch.device:
-        """Where the stage's weights live (cpu for a stage without any)."""
-        return self.params[0].device if self.params else torch.device("cpu")
+        """Where the stage's weights live, or would."""
+        return self.params[0].device if self.params else self._device
 
     @property
     def in_flight(self) -> Mapping[int, int]:

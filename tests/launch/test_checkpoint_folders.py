@@ -12,8 +12,14 @@ from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Checkpoints, Ranks
 from noflush.launch.convert.checkpoint import read_weights, write_checkpoint
 from noflush.launch.pretrain_gpt import settings_of
-from noflush.launch.training.checkpoint_faults import folder_faults, load_part_faults, part_faults
-from noflush.launch.training.checkpoint_files import MANIFEST, WEIGHTS_ALONE, checkpoint_in, read_manifest
+from noflush.launch.training.checkpoint_faults import folder_faults, listed_part_faults, load_part_faults, part_faults
+from noflush.launch.training.checkpoint_files import (
+    MANIFEST,
+    WEIGHTS_ALONE,
+    checkpoint_in,
+    read_manifest,
+    write_manifest,
+)
 from tests.launch.megatron import settings
 from tests.launch.test_convert import LLAMA, weights
 from tests.launch.test_pretrain import arguments
@@ -154,6 +160,20 @@ def test_a_missing_file_is_named(imported, name, listed):
         assert part_faults(imported, LLAMA, ranks(), False) == []
     (imported / name).unlink()
     only(part_faults(imported, LLAMA, ranks(), False), f"{imported} is incomplete: {name} missing (1 files); copy it")
+
+
+def test_a_stages_file_that_is_gone_is_no_checkpoint_of_fewer_stages(tmp_path):
+    """What the list names is asked before how the run is split: else it passes for one of fewer stages."""
+    checkpoint = tmp_path / "run" / "global_step2"
+    checkpoint.mkdir(parents=True)
+    for name in ("layer_01-model_00-model_states.pt", "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"):
+        (checkpoint / name).write_bytes(b"1")
+    write_manifest(checkpoint)
+    (tmp_path / "run" / "latest").write_text("global_step2")
+    here = dataclasses.replace(NONE, load=str(tmp_path / "run"))
+    assert listed_part_faults(here) == listed_part_faults(NONE) == []
+    (checkpoint / "mp_rank_01_model_states.pt").unlink()
+    only(listed_part_faults(here), "is incomplete: mp_rank_01_model_states.pt missing (1 files); copy it")
 
 
 def test_a_file_of_another_size_is_named(imported):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from noflush.prefetch import Prefetch
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.multiproc
 # What reads a device's memory: item(), bool(), float(), int() are the first.
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::is_nonzero"}
 METHODS = ("cpu", "tolist", "numpy", "item")
+COPIES = ("clone", "to", "copy_", "cuda")
 
 
 def who():
@@ -43,9 +45,29 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def train(rank, optimizer, block, more):
-    with mock.patch("noflush.assembly.dist.get_backend", return_value="nccl"):
+class Arrived(Prefetch):
+    """As on a device: what is handed on is another tensor than the loader's."""
+
+    def start(self, batch):
+        return tuple(part.clone() for part in batch), None
+
+
+def of_the_loader(batches):
+    """Batches whose tensors are known as the host's own."""
+    for batch in batches:
+        for tensor in batch:
+            tensor.is_of_the_loader = True
+        yield batch
+
+
+def train(rank, optimizer, block, more, prefetch=Arrived):
+    with (
+        mock.patch("noflush.assembly.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.assembly.Prefetch", prefetch),
+    ):
         engine = t.build(4, t.ds_config(2, optimizer, block, **more))
+    from deepspeed.accelerator import get_accelerator
+
     runner, found = engine._nf_runner, []
     run_call = runner.run_call
 
@@ -60,6 +82,20 @@ def train(rank, optimizer, block, more):
                 return real(tensor, *args, **kwargs)
 
             patches.append(mock.patch.object(torch.Tensor, name, read))
+        for name in COPIES:
+            real = getattr(torch.Tensor, name)
+
+            def copied(tensor, *args, name=name, real=real, **kwargs):
+                if any(getattr(t, "is_of_the_loader", False) for t in (tensor, *args)):
+                    found.append((name, who()))
+                return real(tensor, *args, **kwargs)
+
+            patches.append(mock.patch.object(torch.Tensor, name, copied))
+
+        def waits(*args):
+            found.append(("synchronize", who()))
+
+        patches.append(mock.patch.object(get_accelerator(), "synchronize", waits))
         for patch in patches:
             patch.start()
         try:
@@ -69,7 +105,7 @@ def train(rank, optimizer, block, more):
             for patch in patches:
                 patch.stop()
 
-    stream = iter(t.data(16))
+    stream = of_the_loader(t.data(16))
     for call in range(8):
         runner.run_call = watched if call >= 5 else run_call
         engine.train_batch(stream)
@@ -84,6 +120,14 @@ TRITON = {"kernel": "triton"}
 def test_nothing_is_read_in_the_steady_state(clip):
     for found in run_ranks(train, 4, timeout=200, optimizer=t.NADAMW, block=TRITON, more={"gradient_clipping": clip}):
         assert found == []
+
+
+def test_a_copy_of_the_loaders_batch_is_found():
+    """What DeepSpeed does by itself: a micro-batch goes over while the call runs."""
+    found = run_ranks(train, 4, timeout=200, optimizer=t.NADAMW, block=TRITON, more={}, prefetch=Prefetch)
+    assert {name for name, _ in found[0]} & {"clone", "to"}
+    assert {name for name, _ in found[3]} & {"clone", "to"}
+    assert found[1] == found[2] == []
 
 
 def test_what_reads_is_found():

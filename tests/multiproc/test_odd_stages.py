@@ -30,13 +30,15 @@ def data(count):
     return [(torch.randn(3, 8, generator=draw), torch.randint(0, 8, (3,), generator=draw)) for _ in range(count)]
 
 
-def engine_of(made, filtered=True, loss_fn=nn.functional.cross_entropy, **more):
+def engine_of(made, filtered=True, loss_fn=nn.functional.cross_entropy, block=None, **more):
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
     module = PipelineModule(layers=made, num_stages=3, loss_fn=loss_fn, partition_method="uniform")
     learnt = [p for p in module.parameters() if p.requires_grad] if filtered else None
-    engine, *_ = deepspeed.initialize(model=module, config=t.ds_config(1, block={}, **more), model_parameters=learnt)
+    engine, *_ = deepspeed.initialize(
+        model=module, config=t.ds_config(1, block=block or {}, **more), model_parameters=learnt
+    )
     return engine
 
 
@@ -86,6 +88,20 @@ def test_a_stage_with_nothing_to_train_makes_empty_updates(tmp_path):
             want = list(sim.parameters(stage).values())
             assert len(want) == (0 if stage in frozen or kinds[stage] == "R" else 2)
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=stage not in frozen))
+
+
+def train_with_one_norm(rank):
+    """A frozen stage of a twin that clips by all stages' norm."""
+    engine = engine_of(layers(frozen=(1,)), gradient_clipping=0.1, block={"schedule": "1f1b_flush", "clip": "global"})
+    stream = iter(data(3))
+    for _ in range(3):
+        engine.train_batch(stream)
+    return float(engine.get_global_grad_norm())
+
+
+def test_a_stage_with_nothing_to_train_has_the_pipelines_norm_too():
+    norms = run_ranks(train_with_one_norm, 3)
+    assert norms[0] == norms[1] == norms[2] > 0
 
 
 def refused(rank, case):

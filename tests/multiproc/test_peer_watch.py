@@ -17,7 +17,7 @@ from tests.multiproc.ranks import RankError, run_ranks
 pytestmark = pytest.mark.multiproc
 
 
-GPT = t.GPT | {"depth": 3}
+GPT = t.GPT | {"depth": 6}
 
 
 def build(stages, seconds):
@@ -56,6 +56,53 @@ def test_a_host_that_cannot_notice_ends_in_bounded_time(how, word, tmp_path):
     said = (tmp_path / "1").read_text()
     assert "stage 1 gave up working with stage 2" in said
     assert f"tage 2 (rank 2) {word}" in said
+
+
+class Event:
+    """What a device was told so far, and is not through with."""
+
+    def query(self):
+        return False
+
+
+def left_in_the_queue(rank, folder):
+    """Stage 2 is killed while stage 1's host has left the call and stands in a read of its loss, as in item()."""
+    engine = build(3, 8.0)
+    engine._nf_watch._mark = Event
+    stream = iter(t.data(9, gpt=GPT))
+    for _ in range(4):
+        engine.train_batch(stream)
+    torch.distributed.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with open(f"{folder}/{rank}", "w", buffering=1) as log, mock.patch("sys.stderr", log):
+        time.sleep(100)
+
+
+def test_a_host_that_waits_for_its_device_after_a_call_ends_too(tmp_path):
+    start = time.monotonic()
+    run_ranks(left_in_the_queue, 3, timeout=45, expect_errors=True, folder=str(tmp_path))
+    assert time.monotonic() - start < 40
+    assert "stage 1 gave up working with stage 2" in (tmp_path / "1").read_text()
+
+
+def replicas(rank, folder):
+    """Two pipelines of two stages: one replica of stage 1 is killed; the other pipeline hears of it by the chain."""
+    engine = build(2, 8.0)
+    stream = iter(t.data(9, gpt=GPT))
+    torch.distributed.barrier()
+    if rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    stand_still = mock.patch.object(engine._nf_runner, "run_call", lambda: time.sleep(100))  # noqa: PT008
+    with open(f"{folder}/{rank}", "w", buffering=1) as log, mock.patch("sys.stderr", log), stand_still:
+        engine.train_batch(stream)
+
+
+def test_a_replicas_end_reaches_every_pipeline(tmp_path):
+    start = time.monotonic()
+    run_ranks(replicas, 4, timeout=60, expect_errors=True, folder=str(tmp_path))
+    assert time.monotonic() - start < 50
+    assert "stage 1 gave up working with stage 1 (rank 3)" in (tmp_path / "2").read_text()
 
 
 def clean(rank):

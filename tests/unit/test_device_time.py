@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from noflush.device_time import DeviceTimes
@@ -62,6 +64,8 @@ def test_the_bubble_is_what_the_device_did_not_compute(device):
     assert interval["bubble"] == pytest.approx(2 / 6)
     assert interval["forward"] == pytest.approx(1.0)
     assert interval["backward"] == pytest.approx(3.0)
+    device.done = 17.5  # the third call is not over, though its forward is: it counts when its own time does
+    assert math.isnan(recorder.take_interval()["bubble"])
     device.done = device.enqueued
     assert recorder.take_interval()["bubble"] == pytest.approx(2 / 6)
     assert recorder.totals() == (12_000_000, 18_000_000)

@@ -90,3 +90,12 @@ def test_each_end_judges_what_it_reads():
         check_batch((X,), 1, 2)
     for batch in ((X, {"labels": X}), ((X, X), X), [[X, X], [X]], (X, None)):
         check_batch(batch, 0, 1)
+
+
+def test_what_is_conjugated_lazily_travels_as_its_values():
+    from noflush.channels import _wire
+
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    for lazy in (x.conj(), torch.tensor([1.0, -2.0])._neg_view(), x.conj().imag):
+        wire = _wire(lazy.detach().resolve_conj().resolve_neg().contiguous())
+        assert torch.equal(wire.view(lazy.dtype).reshape(lazy.shape), lazy)

@@ -11,7 +11,7 @@ import itertools
 
 import pytest
 
-from noflush.deadlock import ScheduleError, check_in_step, check_order, program, prove
+from noflush.deadlock import ScheduleError, check_in_step, check_order, check_posts, program, prove
 from noflush.posting import call_order, drain_order, kept_posted
 from noflush.schedule import Action, Op, Schedule, with_communication
 
@@ -106,6 +106,35 @@ def program_as_it_was(schedule, ahead=None):
 def test_the_proof_refuses_the_order_as_it_was(stages, gas):
     with pytest.raises(ScheduleError, match=r"on an accelerator, stage \d may stand still for ever at"):
         check_in_step(program_as_it_was(Schedule(stages, gas)), gas)
+
+
+@pytest.mark.parametrize("posting", ["ahead", "in_step"])
+def test_a_receive_that_is_waited_for_before_it_is_posted_is_refused(posting):
+    for wait, post in ((Op.RECV_ACTIVATION, Op.POST_ACTIVATION), (Op.RECV_GRAD, Op.POST_GRAD)):
+        order = program(Schedule(3, 2), posting)
+        check_posts(order)
+        row = next(row for column in order for row in column if any(a.op is wait for a in row))
+        row[:] = [a for a in row if a.op is not post]
+        with pytest.raises(ScheduleError, match="it was not posted"):
+            check_posts(order)
+
+
+def test_a_gradient_whose_activation_was_not_sent_cannot_be_posted():
+    order = program(Schedule(3, 1), "ahead")
+    row = order[4][0]
+    at = next(i for i, a in enumerate(row) if a.op is Op.POST_GRAD)
+    row[at] = Action(0, Op.POST_GRAD, row[at].index + 3)
+    with pytest.raises(ScheduleError, match="its activation was not sent"):
+        check_posts(order)
+
+
+def test_the_twins_one_norm_is_a_collective_of_all_stages():
+    for gas in (1, 2, 8):
+        order = program(Schedule(4, gas, "1f1b_flush"), "in_step")
+        check_in_step(order, gas, replicas=2, one_norm=True)
+    # Without a flush stages update at different times, and would wait for each other for ever.
+    with pytest.raises(ScheduleError, match="on an accelerator"):
+        check_in_step(program(Schedule(4, 1), "in_step"), 1, one_norm=True)
 
 
 def test_a_receive_that_is_never_posted_or_out_of_step_is_refused():

@@ -180,3 +180,10 @@ def test_layout_is_read_off_a_flat_tensor():
     inside[1].data = torch.zeros(4)
     with pytest.raises(WeightVersionError, match=r"shape \(4,\) lies outside"):
         layout_within(inside, flat)
+
+
+def test_a_ring_without_weights_lies_where_its_stage_computes():
+    """What is made for it, a norm say, is reduced with others' on that device."""
+    assert WeightRing([], 1, device=torch.device("meta")).device.type == "meta"
+    params = [nn.Parameter(torch.ones(3))]
+    assert WeightRing(lay_out(params), 1, device=torch.device("meta")).device.type == "cpu"
