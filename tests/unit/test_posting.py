@@ -54,7 +54,8 @@ def test_a_gradients_receive_is_posted_before_the_activation_that_follows_it_bel
 @pytest.mark.parametrize("stages", [2, 3, 4, 5, 8, 12, 16])
 def test_in_step_no_host_hangs(stages):
     for schedule in schedules([stages], 16):
-        for replicas in (1, 2):
+        # One replica alone waits for less than two that reduce with each other.
+        for replicas in (1, 2) if stages < 5 else (2,):
             prove(schedule, "in_step", replicas)
 
 
