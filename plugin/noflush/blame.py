@@ -8,7 +8,7 @@ Nobody is accused for being quiet alone: a connection that was closed proves an 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -64,7 +64,13 @@ Name = Callable[[int], str]
 
 
 def judge(
-    own: Words, said: Mapping[int, Words], world: int, store: Store, keeper: int | None, name: Name = "rank {}".format
+    own: Words,
+    said: Mapping[int, Words],
+    world: int,
+    store: Store,
+    keeper: int | None,
+    name: Name = "rank {}".format,
+    alive: Collection[int] = (),
 ) -> Verdict:
     """The verdict of the rank that said ``own``.
 
@@ -75,11 +81,12 @@ def judge(
         store: whether ``said`` could be read.
         keeper: the rank that keeps the store; None if a launcher's agent does.
         name: of a rank, as people know it.
+        alive: ranks that have answered a roll call: they have not noticed yet.
     """
     if own.fault is not None:
         return Verdict(own.rank, f"{name(own.rank)} failed: {own.fault}")
     if own.lost is None:
-        return _without_a_name(own, said, world, store, keeper, name)
+        return _without_a_name(own, said, world, store, keeper, name, alive)
     return _follow(own, own, said, store, keeper, name)
 
 
@@ -135,7 +142,13 @@ def _said_nothing(at: Words, target: int, own: Words, store: Store, keeper: int 
 
 
 def _without_a_name(
-    own: Words, said: Mapping[int, Words], world: int, store: Store, keeper: int | None, name: Name
+    own: Words,
+    said: Mapping[int, Words],
+    world: int,
+    store: Store,
+    keeper: int | None,
+    name: Name,
+    alive: Collection[int],
 ) -> Verdict:
     """A collective failed: of whom is not known, but others may know, or only one be left."""
     for words in said.values():
@@ -148,11 +161,11 @@ def _without_a_name(
         return Verdict(
             keeper, f"{name(keeper)} has been silent: the store that it keeps takes questions and does not answer"
         )
-    missing = [rank for rank in range(world) if rank != own.rank and rank not in said]
+    missing = [rank for rank in range(world) if rank != own.rank and rank not in said and rank not in alive]
     if len(missing) == 1 and (store == "answers" or world == 2):
         (last,) = missing
         if own.how == "closed":
-            return Verdict(last, f"{name(last)} is gone: a connection was closed, and all others said why they end")
+            return Verdict(last, f"{name(last)} is gone: a connection was closed, and all others have answered")
         return Verdict(last, f"{name(last)} has been silent{_for(own.seconds)}: stopped, stuck or cut off", False)
     heard = "a connection was closed" if own.how == "closed" else f"nothing came{_for(own.seconds)}"
     listed = ", ".join(map(name, missing[:8])) + (", ..." if len(missing) > 8 else "")

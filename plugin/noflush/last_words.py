@@ -22,6 +22,10 @@ from noflush.blame import Store, Verdict, Words, judge
 from noflush.exit_guard import end_within
 
 _KEY = "noflush/ended/{}"
+_ROLL_CALL = "noflush/roll call"
+_HERE = "noflush/here/{}"
+_LISTENS_EVERY = 1.0
+"""Seconds between two looks for a roll call. In a collective only those notice an end who have a connection to it."""
 ANSWER = 2.0
 """Seconds for the store to answer; a healthy one takes less than a thousandth of that."""
 PATIENCE = 4.0
@@ -77,6 +81,32 @@ def attend(rank: int, world: int, name: Callable[[int], str], store: Any = None)
         _hook(sys.excepthook)
         # Handlers registered before this one run after it.
         atexit.register(lambda: end_within() if _scene.verdict is not None else None)
+        if world > 1:
+            _answer_roll_calls()
+
+
+def _answer_roll_calls() -> None:
+    """From now on this process says that it is there when another asks, whatever it is doing."""
+    over = threading.Event()
+
+    def answer() -> None:
+        while not over.wait(_LISTENS_EVERY):
+            store = _scene.store if _scene.store is not None else _default_store()
+            try:
+                if store is not None and store.check([_ROLL_CALL]):
+                    store.set(_HERE.format(_scene.rank), "")
+                    return
+            except RuntimeError:  # its keeper has gone, or the ranks have parted
+                return
+
+    listener = threading.Thread(target=answer, daemon=True, name="noflush: roll call")
+    listener.start()
+
+    def end() -> None:
+        over.set()
+        listener.join(_LISTENS_EVERY)  # not to be torn down in the middle of a question
+
+    atexit.register(end)
 
 
 def _hook(before: Callable[[type[BaseException], BaseException, TracebackType | None], Any]) -> None:
@@ -114,7 +144,7 @@ def leave(own: Words) -> Verdict:
 
 
 def _judge(own: Words, talk: _Talk, state: Store) -> Verdict:
-    return judge(own, dict(talk.said), _scene.world, state, _scene.keeper, _scene.name)
+    return judge(own, dict(talk.said), _scene.world, state, _scene.keeper, _scene.name, frozenset(talk.here))
 
 
 def _default_store() -> Any:
@@ -131,6 +161,7 @@ class _Talk:
     own: Words
     world: int
     said: dict[int, Words] = field(default_factory=dict)
+    here: set[int] = field(default_factory=set)
     rounds: int = 0
     refused: bool = False
     over: bool = False
@@ -141,10 +172,17 @@ class _Talk:
             # Asking for it back proves that it has arrived: the connections that others watch close after that.
             store.set(_KEY.format(self.own.rank), self.own.dumps())
             store.get(_KEY.format(self.own.rank))
+            calls = self.own.fault is None and self.own.lost is None
+            if calls:
+                store.set(_ROLL_CALL, "")
             while not self.over:
                 for rank in range(self.world):
-                    if rank != self.own.rank and rank not in self.said and store.check([_KEY.format(rank)]):
+                    if rank == self.own.rank or rank in self.said:
+                        continue
+                    if store.check([_KEY.format(rank)]):
                         self.said[rank] = Words.loads(store.get(_KEY.format(rank)))
+                    if calls and rank not in self.here and store.check([_HERE.format(rank)]):
+                        self.here.add(rank)
                     self.answered = time.monotonic()
                 self.rounds += 1
                 time.sleep(0.05)

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from noflush import last_words
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -117,3 +119,25 @@ def test_a_missed_swap_fires_the_assert_in_the_engine():
     first, _ = run_ranks(forget_the_swap, 2, expect_errors=True)
     assert first[0] == "WeightVersionError"
     assert "backward of micro-batch 1 needs weight version 0" in first[1]
+
+
+def dies_in_a_collective(rank):
+    """Rank 1 is killed while all add up over the whole job; those without a connection to it do not notice."""
+    t.build(4, t.ds_config(1, block={"peer_timeout_s": 20}))
+    for _ in range(3):
+        torch.distributed.all_reduce(torch.zeros(1))
+    if rank == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        torch.distributed.all_reduce(torch.zeros(1))
+    except RuntimeError as error:
+        raise RuntimeError(last_words.explain(error).sentence) from error
+
+
+def test_a_rank_that_dies_in_a_collective_is_named_by_the_others():
+    results = run_ranks(dies_in_a_collective, 4, timeout=60, expect_errors=True)
+    said = [result[1] for rank, result in enumerate(results) if rank != 1]
+    assert any("tage 1 (rank 1) is gone" in text for text in said), said
+    for stage in (0, 2, 3):
+        assert not any(f"stage {stage} (rank {stage}) is gone" in text for text in said[:2]), said

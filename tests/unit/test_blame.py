@@ -153,3 +153,12 @@ print(last_words.explain(DistNetworkError("sendBytes failed")).sentence)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "stage 0 is gone: its connection to stage 1 was closed", done.stderr
+
+
+def test_who_answers_a_roll_call_is_not_missing():
+    """Rank 3 is in a collective and has not noticed; rank 1 is gone."""
+    own, said = Words(0), {2: Words(2)}
+    before = judge(own, said, 4, "answers", 0, "stage {}".format)
+    assert (before.accused, before.sure) == (None, False)
+    after = judge(own, said, 4, "answers", 0, "stage {}".format, alive={3})
+    assert after == Verdict(1, "stage 1 is gone: a connection was closed, and all others have answered")
