@@ -6,7 +6,6 @@ Pure: no torch, no host. What the host knows about a run reaches the checks as a
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from noflush.host_optimizers import refusal
+from noflush.host_faults import at, faults_of_host_config
 from noflush.schedule import MOST_IN_FLIGHT, Schedule, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
@@ -131,7 +130,7 @@ def check_config(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
         faults = faults or _faults_when_disabled(ds_config)
         config = None
     else:
-        faults += _faults_of_host_config(ds_config)
+        faults += faults_of_host_config(ds_config)
     if faults:
         raise ConfigError(faults)
     return config
@@ -141,15 +140,15 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     """The checked block and schedule of an enabled run. Raises ConfigError listing every fault of the run."""
     faults: list[str] = []
     config = _parse(ds_config, faults)
-    of_config = _faults_of_host_config(ds_config)
+    of_config = faults_of_host_config(ds_config)
     # Once the config's own ZeRO section is refused, what the host made of it is no second fault.
     faults += of_config + _faults_of_facts(replace(facts, zero_stage=0) if of_config else facts)
-    if not facts.client_optimizer and not _at(ds_config, "optimizer", "type"):
+    if not facts.client_optimizer and not at(ds_config, "optimizer", "type"):
         faults.append(
             'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
             "to deepspeed.initialize"
         )
-    named = _at(ds_config, "optimizer", "type")
+    named = at(ds_config, "optimizer", "type")
     if facts.client_optimizer and named in OUR_OPTIMIZERS and config is not None and config.optimizer is None:
         faults.append(
             f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
@@ -263,126 +262,14 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
     return faults
 
 
-def _is_number(value: Any, whole: bool = False, least: float = 0.0) -> bool:
-    """Whether ``value`` is a finite number of at least ``least``."""
-    kind = int if whole else (int, float)
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf
-
-
 def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
-    name = _at(ds_config, "optimizer", "type")
+    name = at(ds_config, "optimizer", "type")
     if name in OUR_OPTIMIZERS:
         return [
             f"optimizer type {name!r} is noflush's, but {BLOCK} is not enabled: set {BLOCK}.enabled to true "
             '(with "schedule": "1f1b_flush" for the synchronous twin), or choose one of DeepSpeed\'s optimizers'
         ]
     return []
-
-
-def _at(config: Mapping[str, Any], *path: str) -> Any:
-    value: Any = config
-    for key in path:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
-def _faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
-    faults = []
-    for key in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size"):
-        # "auto" is for whoever completes the config (the launcher, transformers); DeepSpeed sees a number.
-        size = ds.get(key, "auto")
-        if size not in ("auto", None) and not _is_number(size, whole=True, least=1):
-            faults.append(f"{key} is {size!r}: it must be a whole number, 1 or more")
-    clipping = ds.get("gradient_clipping", 1.0)
-    if clipping != "auto" and not _is_number(clipping):
-        faults.append(f"gradient_clipping is {clipping!r}: it must be a finite number, 0 (off) or more")
-    for section, key in (
-        ("fp16", "loss_scale"),
-        ("fp16", "initial_scale_power"),
-        ("fp16", "loss_scale_window"),
-        ("fp16", "hysteresis"),
-        ("fp16", "min_loss_scale"),
-    ):
-        value = _at(ds, section, key)
-        if value not in ("auto", None) and not _is_number(value):
-            faults.append(f"{section}.{key} is {value!r}: it must be a finite number, 0 or more")
-    zero = _at(ds, "zero_optimization", "stage")
-    if ds.get("zero_optimization") is True:  # an old spelling of stage 1
-        zero = 1
-    if zero in (2, 3):
-        faults.append(
-            f"zero_optimization.stage is {zero}: ZeRO-2 and ZeRO-3 shard what a pipeline stage needs whole between "
-            "micro-batches (DeepSpeed's pipeline refuses them too); use stage 0 or 1"
-        )
-    elif zero not in (None, 0, 1):
-        faults.append(f"zero_optimization.stage is {zero!r}: it must be 0 or 1")
-    faults += _faults_of_precision(ds, zero or 0)
-    for key in ("offload_optimizer", "offload_param", "cpu_offload", "cpu_offload_param", "zenflow"):
-        value = _at(ds, "zero_optimization", key)
-        if value and not (isinstance(value, Mapping) and value.get("device", "none") in (None, "none")):
-            faults.append(
-                f"zero_optimization.{key} is set: the next weight version is written on the device; take it out"
-            )
-    if _at(ds, "zero_optimization", "elastic_checkpoint"):
-        faults.append(
-            "zero_optimization.elastic_checkpoint is true: DeepSpeed cannot load what it then saves; take it out"
-        )
-    if _at(ds, "amp", "enabled"):
-        faults.append("amp.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
-    if _at(ds, "curriculum_learning", "enabled") or _at(ds, "data_efficiency", "enabled"):
-        faults.append(
-            "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; "
-            "switch curriculum_learning and data_efficiency off"
-        )
-    if _at(ds, "compile", "deepcompile"):
-        faults.append("compile.deepcompile is true: it rewrites where parameters live; switch it off")
-    if ds.get("managed_gradient_accumulation", True) is not True:
-        faults.append("managed_gradient_accumulation is false: noflush owns the update interval; leave it out")
-    named = _at(ds, "optimizer", "type")
-    flattened_by = "fp16" if _at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero == 1 else None
-    if why := refusal(named, flattened_by):
-        faults.append(f"optimizer.type is {named!r}: {why}")
-    return faults
-
-
-_ACCUMULATE = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
-
-
-def _faults_of_precision(ds: Mapping[str, Any], zero: int) -> list[str]:
-    """What DeepSpeed has no optimizer for, or one that noflush cannot redirect."""
-    faults = []
-    low = "fp16" if _at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "fp32"
-    named = _at(ds, "data_types", "grad_accum_dtype")
-    accumulate = low if named is None else _ACCUMULATE.get(str(named))
-    if low == "fp16" and zero == 0:
-        faults.append(
-            "fp16.enabled is true with ZeRO stage 0: under noflush fp16's master weights are kept by ZeRO-1, which "
-            'costs nothing on one data-parallel rank; set "zero_optimization": {"stage": 1}'
-        )
-    if low == "bf16" and accumulate == "fp32" and zero == 0:
-        faults.append(
-            "data_types.grad_accum_dtype is 'fp32' with bf16 and ZeRO stage 0, which DeepSpeed has no optimizer for; "
-            'set "zero_optimization": {"stage": 1}'
-        )
-    elif accumulate not in {"fp32": ("fp32",), "bf16": ("bf16", "fp32"), "fp16": ("fp16",)}[low]:
-        allowed = "'bf16' or 'fp32'" if low == "bf16" else repr(low)
-        faults.append(f"data_types.grad_accum_dtype is {named!r}: weights in {low} accumulate in {allowed}")
-    for section, key in (
-        ("fp16", "fp16_master_weights_and_grads"),
-        ("bf16", "bf16_master_weights_and_grads"),
-        ("bf16", "bf16_optimizer_states"),
-    ):
-        if _at(ds, section, key):
-            faults.append(f"{section}.{key} is true: noflush keeps float32 master weights; take it out")
-    if _at(ds, "torch_autocast", "enabled"):
-        faults.append("torch_autocast.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
-    return faults
-
-
-def _bf16(ds: Mapping[str, Any]) -> bool:
-    return bool(_at(ds, "bf16", "enabled") or _at(ds, "bfloat16", "enabled"))
 
 
 def _faults_of_facts(facts: RunFacts) -> list[str]:

@@ -26,6 +26,7 @@ PURE = [
     "figures",
     "blame",
     "host_config",
+    "host_faults",
     "host_optimizers",
 ]
 PURE_IN_LAUNCH = [
