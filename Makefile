@@ -48,7 +48,7 @@ check: setup
 	rm -rf build/types && mkdir -p build/types/noflush
 	ln -s $(CURDIR)/plugin/noflush/* $(CURDIR)/launch $(CURDIR)/patches build/types/noflush/
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not multiproc and not kernels and not e2e and not slurm"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not multiproc and not kernels and not e2e and not slurm"
 
 bench: setup
 	for gas in 1 4 8; do for stages in 4 8; do \
