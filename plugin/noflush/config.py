@@ -209,6 +209,10 @@ def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConf
         config = AsyncPipelineConfig(**{str(key): value for key, value in block.items()})
     except ValidationError as error:
         faults += [_explain(dict(block), e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        wrong = {str(e["loc"][0]) for e in error.errors() if e["loc"]}
+        # The other keys may be out of range all the same: every fault is told at once.
+        rest = {str(key): value for key, value in block.items() if str(key) not in wrong}
+        faults += _faults_of_values(AsyncPipelineConfig(**rest))
         return None
     faults += _faults_of_values(config)
     return config

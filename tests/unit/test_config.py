@@ -171,6 +171,17 @@ def test_tied_layers_on_one_stage_are_one_copy():
     check_run(GOOD, RunFacts(stages=1, layers=4, tied_keys=("embed",)))
 
 
+def test_a_key_that_is_wrong_hides_no_other_that_is_out_of_range():
+    with pytest.raises(ConfigError) as caught:
+        check_config(with_block(wieghts="x", schedule=3, extra_in_flight=10**6, peer_timeout_s=0))
+    assert [fault.split(" is ")[0].removeprefix("async_pipeline.") for fault in caught.value.faults] == [
+        "schedule",
+        "wieghts",
+        "extra_in_flight",
+        "peer_timeout_s",
+    ]
+
+
 def test_every_fault_is_listed_at_once():
     ds_config = with_block(schedule="gpipe", wieghts="x", kernel="cuda") | {"fp16": {"enabled": True}}
     with pytest.raises(ConfigError) as caught:
