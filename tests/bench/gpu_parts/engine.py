@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
 
 import torch
 
+from tests.bench.gpu_parts import compared, model
 from tests.bench.gpu_parts import device as gpu
-from tests.bench.gpu_parts import model
-from tests.bench.gpu_parts.ranks import Ranks, own_device
+from tests.bench.gpu_parts.ranks import own_device
 
 _MODULE = "tests.bench.gpu_parts.engine"
 
@@ -90,24 +88,5 @@ def rank_main(stages, dry):
     torch.distributed.destroy_process_group()
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--stages", type=int, required=True)
-    p.add_argument("--dry", action="store_true")
-    p.add_argument("--as-rank", action="store_true")
-    args = p.parse_args()
-    stages = model.stages_of(args.stages, args.dry)
-    if args.as_rank:
-        rank_main(stages, args.dry)
-        return
-    ranks = Ranks(_MODULE, stages, ["--stages", str(args.stages), *["--dry"] * args.dry])
-    device, of = gpu.of(args.dry), model.size(stages, args.dry)
-    simulated = model.simulated_losses(stages, of, device)
-    row, wrong = model.row_of(ranks.gather(), simulated, device, of.calls)
-    print(json.dumps({"stages": stages, "gas": model.GAS, "calls": of.calls, "way": ranks.way} | row))
-    if wrong:
-        sys.exit("; ".join(wrong))
-
-
 if __name__ == "__main__":
-    main()
+    compared.main(_MODULE, __doc__, rank_main)

@@ -6,10 +6,8 @@ an allocator's retry or a user may do at any time, and must not hang. Losses are
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 import time
 
 import torch
@@ -26,9 +24,9 @@ from noflush.runner import StageRunner
 from noflush.schedule import Schedule
 from noflush.trace import Recorder
 from noflush.versions import WeightRing, lay_out
+from tests.bench.gpu_parts import compared, model
 from tests.bench.gpu_parts import device as gpu
-from tests.bench.gpu_parts import model
-from tests.bench.gpu_parts.ranks import Ranks, join, own_device
+from tests.bench.gpu_parts.ranks import join, own_device
 
 _MODULE = "tests.bench.gpu_parts.stages"
 _PEER_S = 30.0
@@ -129,24 +127,5 @@ def rank_main(stages, dry):
     dist.destroy_process_group()
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--stages", type=int, required=True)
-    p.add_argument("--dry", action="store_true")
-    p.add_argument("--as-rank", action="store_true")
-    args = p.parse_args()
-    stages = model.stages_of(args.stages, args.dry)
-    if args.as_rank:
-        rank_main(stages, args.dry)
-        return
-    ranks = Ranks(_MODULE, stages, ["--stages", str(args.stages), *["--dry"] * args.dry])
-    device, of = gpu.of(args.dry), model.size(stages, args.dry)
-    simulated = model.simulated_losses(stages, of, device)
-    row, wrong = model.row_of(ranks.gather(), simulated, device, of.calls)
-    print(json.dumps({"stages": stages, "gas": model.GAS, "calls": of.calls, "way": ranks.way} | row))
-    if wrong:
-        sys.exit("; ".join(wrong))
-
-
 if __name__ == "__main__":
-    main()
+    compared.main(_MODULE, __doc__, rank_main)
