@@ -24,12 +24,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tokenizers.pre_tokenizers import ByteLevel
 
-from noflush import trace
 from noflush.demo.port import held_port
 from noflush.demo.text import documents
-from noflush.schedule import Op, Schedule
-from noflush.timeline import draw_timeline
-from noflush.timing import Cost, play
+from noflush.order.schedule import Op, Schedule
+from noflush.order.timing import Cost, play
+from noflush.watch import trace
+from noflush.watch.timeline import draw_timeline
 
 HERE = Path(__file__).parent
 STAGES = 4

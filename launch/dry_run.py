@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from noflush.config import check_config
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
-from noflush.plan import communicator_line, human_bytes, make_plan
-from noflush.schedule import Schedule
+from noflush.order.plan import communicator_line, human_bytes, make_plan
+from noflush.order.schedule import Schedule
+from noflush.patches.deepspeed.faults import check_config
 
 
 def schedule_of(settings: Settings) -> Schedule:

@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from noflush.checkpoint import write_whole
 from noflush.config import ConfigError
 from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.ranks import Rendezvous, export, rendezvous
 from noflush.launch.refusal import RefusedError, refuse
 from noflush.launch.signals import Signals, listen
+from noflush.stage.checkpoint import write_whole
 
 if TYPE_CHECKING:
     from noflush.launch.arguments.progress import Position
@@ -148,8 +148,8 @@ def prepare(
 
 
 def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: int, signals: Signals) -> int:
-    from noflush.exit_guard import end_within
-    from noflush.keeper import keeper_watched
+    from noflush.failure.exit_guard import end_within
+    from noflush.failure.keeper import keeper_watched
     from noflush.launch.training.meeting import MeetingError
     from noflush.launch.training.start import leave, meet_others, rank_name
 
@@ -189,7 +189,7 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
 
 
 def _say_last_words(settings: Settings, found: Rendezvous, iteration: int, error: Exception) -> None:
-    from noflush.last_words import explain
+    from noflush.failure.last_words import explain
     from noflush.launch.training.last_words import lines
     from noflush.launch.training.start import stage_of
 
@@ -212,7 +212,7 @@ def _say_why(settings: Settings, position: Position, reason: str | None) -> None
 
 
 if __name__ == "__main__":
-    from noflush.exit_guard import end_within
+    from noflush.failure.exit_guard import end_within
 
     ended = main()
     end_within(_LEAVING, ended)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from noflush.checkpoint import write_whole
+from noflush.stage.checkpoint import write_whole
 
 STATUS = 2
 _AFTER_RANK_0 = 1.0

@@ -23,21 +23,21 @@ def register() -> None:
 def unregister() -> None:
     """Puts DeepSpeed's own symbols back. Engines that exist already go on as they are."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterImport)]
-    if "noflush.patches.deepspeed" in sys.modules:
-        sys.modules["noflush.patches.deepspeed"].unpatch()
+    if "noflush.patches.deepspeed.seam" in sys.modules:
+        sys.modules["noflush.patches.deepspeed.seam"].unpatch()
 
 
 def registered() -> bool:
     """True when DeepSpeed is patched, or will be as soon as it is imported."""
-    patched = sys.modules.get("noflush.patches.deepspeed")
+    patched = sys.modules.get("noflush.patches.deepspeed.seam")
     waiting = any(isinstance(finder, _AfterImport) for finder in sys.meta_path)
     return waiting or (patched is not None and patched.is_patched())
 
 
 def _patch() -> None:
-    from noflush.patches import deepspeed
+    from noflush.patches.deepspeed import seam
 
-    deepspeed.patch()
+    seam.patch()
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from noflush.config import BLOCK, OUR_OPTIMIZERS, ConfigError, RunFacts, check_config, check_run
+from noflush.config import BLOCK, ConfigError
 from noflush.launch.arguments.settings import Batch, Optimizer, Ranks
+from noflush.methods.table import METHODS
+from noflush.patches.deepspeed.faults import RunFacts, check_config, check_run
 
 
 class Found(Protocol):
@@ -233,7 +235,7 @@ def _set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer) -> None:
         if ds[BLOCK].get("schedule", "1f1b_no_flush") == "1f1b_no_flush":
             of.notes.append(
                 "training with Adam, as --optimizer says. For the delay-aware method add to the DeepSpeed config: "
-                f'"optimizer": {{"type": "{OUR_OPTIMIZERS[0]}", "params": {{"betas": [0.99, 0.999]}}}}'
+                f'"optimizer": {{"type": "{next(iter(METHODS))}", "params": {{"betas": [0.99, 0.999]}}}}'
             )
     else:
         ds["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": True}}

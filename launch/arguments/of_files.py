@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from noflush.checkpoint import CheckpointError, newest_complete
 from noflush.launch.arguments.files import paths_from_files
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
 from noflush.launch.arguments.values import Values
 from noflush.launch.training.checkpoint_files import read_position
+from noflush.stage.checkpoint import CheckpointError, newest_complete
 
 
 def read_data(of: Values) -> Data:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from noflush.checkpoint import write_latest
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Model
 from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, write_manifest, write_model
+from noflush.stage.checkpoint import write_latest
 
 State = dict[str, Tensor]
 

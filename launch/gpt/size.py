@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from noflush.launch.arguments.settings import Model, Settings
-from noflush.schedule import Schedule
+from noflush.order.schedule import Schedule
 
 _MASTER = 4
 

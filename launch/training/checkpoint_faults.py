@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from noflush.checkpoint import CheckpointError, checkpoints_in, is_tag, listed, newest_complete
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Settings
 from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, read_manifest
+from noflush.stage.checkpoint import CheckpointError, checkpoints_in, is_tag, listed, newest_complete
 
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 _SHARD = re.compile(r"(bf16_|)zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

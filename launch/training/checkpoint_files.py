@@ -10,9 +10,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-from noflush.checkpoint import newest_complete
 from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Model, Tokens
+from noflush.stage.checkpoint import newest_complete
 
 MODEL = "model.json"
 TOKENS = "tokenizer.json"

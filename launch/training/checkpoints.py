@@ -12,8 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from noflush.checkpoint import LATEST, PARTIAL, REPLACED, newest_complete, remove, write_latest
-from noflush.last_words import is_about_peers
+from noflush.failure.last_words import is_about_peers
 from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
 from noflush.launch.refusal import RefusedError
@@ -31,6 +30,7 @@ from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.pickles import file_fault
 from noflush.launch.training.random_state import random_state, restore
 from noflush.launch.training.writing import Writing, why_not_written
+from noflush.stage.checkpoint import LATEST, PARTIAL, REPLACED, newest_complete, remove, write_latest
 
 # DeepSpeed copies these beside the checkpoints, through a link too.
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from noflush.checkpoint import PARTIAL
 from noflush.launch.refusal import RefusedError
+from noflush.stage.checkpoint import PARTIAL
 
 LOCK = "lock"
 BEAT = 10.0

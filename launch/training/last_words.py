@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from noflush.blame import Verdict
-from noflush.checkpoint import newest_complete
+from noflush.failure.blame import Verdict
 from noflush.launch.arguments.settings import Checkpoints
+from noflush.stage.checkpoint import newest_complete
 
 
 def lines(verdict: Verdict, rank: int, stage: int, world: int, iteration: int, checkpoints: Checkpoints) -> list[str]:

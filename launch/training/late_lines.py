@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from noflush.skips import LateReader
+from noflush.stage.skips import LateReader
 
 
 class LateLines:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from noflush.figures import StageFigures
 from noflush.launch.arguments.progress import Position
+from noflush.stage.figures import StageFigures
 
 
 @dataclass(frozen=True)

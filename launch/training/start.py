@@ -14,15 +14,15 @@ from megatron.core import parallel_state
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import noflush
-from noflush.groups import without_splits
-from noflush.last_words import attend
+from noflush.failure.last_words import attend
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
 from noflush.launch.training.devices import on_gpu
 from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
 from noflush.launch.training.schedule import schedule_of
-from noflush.patches import megatron_core
+from noflush.patches.megatron_core import dropout as megatron_core
+from noflush.stage.groups import without_splits
 
 
 def meet_others(ranks: Ranks) -> Any:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from noflush.checkpoint import newest_complete
 from noflush.launch.arguments.settings import Checkpoints, Model, Settings
 from noflush.launch.data.tokenizer import padded_vocabulary
 from noflush.launch.training.checkpoint_files import MODEL
+from noflush.stage.checkpoint import newest_complete
 
 
 def with_vocabulary(settings: Settings, token_ids: int) -> Settings:

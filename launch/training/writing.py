@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from noflush.checkpoint import PARTIAL, newest_complete, remove
+from noflush.stage.checkpoint import PARTIAL, newest_complete, remove
 
 _PROBE = 1 << 20
 

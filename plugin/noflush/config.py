@@ -1,24 +1,22 @@
-"""The ``async_pipeline`` JSON block: its fields, its defaults, and every fault a run can be refused for.
+"""The ``async_pipeline`` JSON block: its fields, their defaults, and every fault of its own.
 
-Pure: no torch, no host. What the host knows about a run reaches the checks as a `RunFacts`.
+Pure: no torch, no host. What a host's config and a run may be refused for besides stands in that host's wing.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from noflush.host_faults import at, faults_of_host_config
-from noflush.schedule import MOST_IN_FLIGHT, Schedule, ScheduleName, WeightPolicy
+from noflush.methods.table import METHODS
+from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName, WeightPolicy
 
 BLOCK = "async_pipeline"
-OUR_OPTIMIZERS = ("DelayAwareNAdamW", "DelayAwareNAG", "PipeDreamAdamW")
-OLDEST_DEEPSPEED = (0, 19, 3)
 
 
 class ConfigError(ValueError):
@@ -79,42 +77,13 @@ class AsyncPipelineConfig:
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What the host knows about a run before its engine is built.
-
-    Attributes:
-        stages: pipeline stages P.
-        gas: gradient_accumulation_steps K as the host resolved it (it may follow from train_batch_size).
-        layers: entries of the ``PipelineModule``'s layer list.
-        tied_keys: keys of its tied layers.
-        dynamic_shape: whether the module was built with ``dynamic_shape=True``.
-        deepspeed_version: as the package states it, e.g. ``"0.19.8"``.
-        client_optimizer: whether the script passes its own optimizer to ``deepspeed.initialize``.
-        zero_stage: ZeRO stage as the host resolved it.
-        untie: how tied layers are untied in this host.
-        faults: what the host's own flags ask for and cannot have.
-    """
-
-    stages: int
-    layers: int
-    gas: int = 1
-    tied_keys: tuple[str, ...] = ()
-    dynamic_shape: bool = False
-    deepspeed_version: str = "0.19.8"
-    client_optimizer: bool = False
-    zero_stage: int = 0
-    untie: str = "untie them (LayerSpec in place of TiedLayerSpec)"
-    faults: tuple[str, ...] = ()
-
-
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
     """The block of a DeepSpeed config as a dict, or None where there is none or it is not enabled.
 
     Raises ConfigError listing every fault of the block itself.
     """
     faults: list[str] = []
-    config = _parse(ds_config, faults)
+    config = read_block(ds_config, faults)
     if faults:
         raise ConfigError(faults)
     if config is None or not config.enabled:
@@ -122,80 +91,8 @@ def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
     return config
 
 
-def check_config(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
-    """As ``parse_block``, and all that can be known from the config alone, before any process group exists."""
-    faults: list[str] = []
-    config = _parse(ds_config, faults)
-    if BLOCK not in ds_config or (config is not None and not config.enabled):
-        faults = faults or _faults_when_disabled(ds_config)
-        config = None
-    else:
-        faults += faults_of_host_config(ds_config)
-    if faults:
-        raise ConfigError(faults)
-    return config
-
-
-def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipelineConfig, Schedule]:
-    """The checked block and schedule of an enabled run. Raises ConfigError listing every fault of the run."""
-    faults: list[str] = []
-    config = _parse(ds_config, faults)
-    of_config = faults_of_host_config(ds_config)
-    # Once the config's own ZeRO section is refused, what the host made of it is no second fault.
-    faults += of_config + _faults_of_facts(replace(facts, zero_stage=0) if of_config else facts)
-    if not facts.client_optimizer and not at(ds_config, "optimizer", "type"):
-        faults.append(
-            'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
-            "to deepspeed.initialize"
-        )
-    named = at(ds_config, "optimizer", "type")
-    if facts.client_optimizer and named in OUR_OPTIMIZERS and config is not None and config.optimizer is None:
-        faults.append(
-            f"optimizer.type is {named!r}, but the script passes an optimizer of its own to deepspeed.initialize, "
-            "which DeepSpeed then uses: take one of the two out"
-        )
-    if config and config.optimizer is not None and not facts.client_optimizer:
-        faults.append(
-            f"{BLOCK}.optimizer takes the place of an optimizer that the script passes to deepspeed.initialize, and it "
-            'passes none: name the rule in the "optimizer" section instead'
-        )
-    if config and config.clip == "global" and config.schedule == "1f1b_no_flush":
-        faults.append(
-            f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
-            "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
-        )
-    # A client's optimizer is judged once it is there.
-    ours = facts.client_optimizer or named in (None, *OUR_OPTIMIZERS)
-    if config and config.kernel in ("triton", "compile") and not ours:
-        faults.append(
-            f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
-            f"choose one of {', '.join(OUR_OPTIMIZERS)}"
-        )
-    if facts.tied_keys and facts.stages > 1 and config and config.schedule == "1f1b_no_flush":
-        faults.append(
-            f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
-            f"different times; {facts.untie}, or set the schedule to '1f1b_flush'"
-        )
-    schedule = None
-    if not faults and config is not None:
-        try:
-            schedule = Schedule(
-                stages=facts.stages,
-                gas=facts.gas,
-                name=config.schedule,
-                weights=config.weights,
-                extra_in_flight=config.extra_in_flight,
-            )
-        except ValueError as error:
-            faults.append(f"{BLOCK}: {error}")
-    if faults:
-        raise ConfigError(faults)
-    assert config is not None
-    assert schedule is not None
-    return config, schedule
-
-
-def _parse(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConfig | None:
+def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipelineConfig | None:
+    """The block, enabled or not; None where there is none or it cannot be read. Appends every fault of it."""
     block = ds_config.get(BLOCK)
     if BLOCK not in ds_config:
         near = difflib.get_close_matches(BLOCK, [str(k) for k in ds_config], n=1, cutoff=0.8)
@@ -251,10 +148,10 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
         if not least <= getattr(config, name) <= most
     ]
     rule = config.optimizer
-    if rule is not None and (rule.get("type") not in OUR_OPTIMIZERS or not isinstance(rule.get("params", {}), Mapping)):
+    if rule is not None and (rule.get("type") not in METHODS or not isinstance(rule.get("params", {}), Mapping)):
         faults.append(
             f'{BLOCK}.optimizer is {rule!r}: it must be {{"type": ..., "params": {{...}}}} with one of '
-            f"{', '.join(OUR_OPTIMIZERS)}"
+            f"{', '.join(METHODS)}"
         )
     elif rule is not None and (unknown := rule.keys() - {"type", "params"}):
         faults.append(f"{BLOCK}.optimizer.{sorted(unknown)[0]} is not a key: the keys are type, params")
@@ -263,36 +160,7 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
             f"{BLOCK}.optimizer.params.{sorted(set_elsewhere)[0]} is set: learning rate and weight decay are those of "
             "the script's parameter groups and schedule; take it out"
         )
-    return faults
-
-
-def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
-    name = at(ds_config, "optimizer", "type")
-    if name in OUR_OPTIMIZERS:
-        return [
-            f"optimizer type {name!r} is noflush's, but {BLOCK} is not enabled: set {BLOCK}.enabled to true "
-            '(with "schedule": "1f1b_flush" for the synchronous twin), or choose one of DeepSpeed\'s optimizers'
-        ]
-    return []
-
-
-def _faults_of_facts(facts: RunFacts) -> list[str]:
-    faults = list(facts.faults)
-    version = tuple(int(part) for part in facts.deepspeed_version.split("+")[0].split(".")[:3] if part.isdigit())
-    if version < OLDEST_DEEPSPEED:
-        faults.append(
-            f"DeepSpeed {facts.deepspeed_version}: releases before 0.19.3 scale pipeline gradients wrongly "
-            "(by stage, or not at all); install deepspeed>=0.19.3,<0.20"
-        )
-    if facts.layers < facts.stages:
-        faults.append(
-            f"{facts.stages} stages for {facts.layers} layers: every stage needs a layer; use {facts.layers} "
-            "stages or fewer, or a model with more layers"
-        )
-    if facts.zero_stage > 1:
-        faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0 or 1")
-    if facts.dynamic_shape:
-        faults.append(
-            "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; pad to one shape"
-        )
+    elif rule is not None:
+        wrong = METHODS[rule["type"]].faults(rule.get("params", {}))
+        faults += [f"{BLOCK}.optimizer.params: {fault}" for fault in wrong]
     return faults

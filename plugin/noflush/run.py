@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 import noflush
-from noflush.config import ConfigError, check_config
-from noflush.host_config import read_host_config
+from noflush.config import ConfigError
+from noflush.patches.deepspeed.config_file import read_host_config
+from noflush.patches.deepspeed.faults import check_config
 
 
 def split_arguments(argv: list[str]) -> tuple[str, list[str]]:

@@ -19,8 +19,9 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from noflush.flat_optimizer import DelayAwareOptimizer
-from noflush.schedule import Schedule
+from noflush.methods.method import Place
+from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.order.schedule import Schedule
 
 Payload = Tensor | tuple[Tensor, ...]
 
@@ -157,7 +158,7 @@ class DelaySimulator:
             # For `latest` a forward is as old as with `stash`; only its backward differs.
             stage = _Stage(module, make_optimizer, schedule.max_delay(s) + 1, precision, replicas)
             if isinstance(stage.optimizer, DelayAwareOptimizer):
-                stage.optimizer.set_stage(s, schedule.stages, schedule.mean_delay(s))
+                stage.optimizer.set_stage(Place(s, schedule.stages, schedule.mean_delay(s)))
             self._stages.append(stage)
         self._lr = [make_lr_scheduler(s.optimizer) for s in self._stages] if make_lr_scheduler else []
 

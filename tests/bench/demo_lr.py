@@ -19,8 +19,8 @@ import torch  # noqa: E402
 from deepspeed.runtime.lr_schedules import WarmupCosineLR  # noqa: E402
 
 from noflush.demo import gpt, text  # noqa: E402
-from noflush.optim import DelayAwareNAdamW  # noqa: E402
-from noflush.schedule import Schedule  # noqa: E402
+from noflush.methods import DelayAwareNAdamW  # noqa: E402
+from noflush.order.schedule import Schedule  # noqa: E402
 from noflush.simulate import DelaySimulator, Precision  # noqa: E402
 from tests.bench.record import record  # noqa: E402
 

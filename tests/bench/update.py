@@ -25,17 +25,19 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from noflush.kernels.choice import choose  # noqa: E402
-from noflush.kernels.flat import Flat  # noqa: E402
-from noflush.kernels.host import HostKernel  # noqa: E402
-from noflush.kernels.scalars import Hyper  # noqa: E402
+from noflush.kernels.eager import EagerKernel  # noqa: E402
+from noflush.methods import adamw, nadamw, nag  # noqa: E402
+from noflush.methods.flat import Flat  # noqa: E402
+from noflush.methods.table import METHODS, load  # noqa: E402
 from tests.bench.record import record  # noqa: E402
 from tests.bench.rivals import DTYPES, bytes_held, fitting, steps  # noqa: E402
 
 HYPER = {
-    "nadamw": Hyper(3e-4, 0.99, 0.999, 1e-8, 0.01, 4e-3, 0.0),
-    "adamw": Hyper(3e-4, 0.9, 0.999, 1e-8, 0.01),
-    "nag": Hyper(3e-4, 0.99, weight_decay=0.01),
+    "nadamw": nadamw.Hyper(3e-4, 0.99, 0.999, 1e-8, 0.01, 4e-3, 0.0, 0.0, 0.0),
+    "adamw": adamw.Hyper(3e-4, 0.9, 0.999, 1e-8, 0.01),
+    "nag": nag.Hyper(3e-4, 0.99, 0.01, 1.0, 0.0, 0.0),
 }
+METHOD = {load(name).__module__.split(".")[-1]: load(name).METHOD for name in METHODS}
 
 
 def bytes_moved(rule, gradient, model, moments):
@@ -63,7 +65,7 @@ class Ours:
 
     def __init__(self, kernel, args, device):
         n = args.numel
-        self.kernel, self.rule = kernel, args.rule
+        self.kernel = kernel
         draw = torch.Generator(device=device).manual_seed(1)
         weights = torch.randn(n, device=device, generator=draw)
         if args.rule == "nag":
@@ -73,14 +75,17 @@ class Ours:
         self.gradient = torch.randn(n, device=device, generator=draw).to(DTYPES[args.gradient])
         clock = torch.tensor([0.0, 1.0], device=kernel.clock_device(device))
         target = torch.empty(n, device=device, dtype=DTYPES[args.model])
-        self.flat = Flat(self.gradient, weights, target, state, clock, HYPER[args.rule], args.model != "fp32")
+        self.flat = Flat(
+            METHOD[args.rule],
+            *(self.gradient, weights, target, state, clock, HYPER[args.rule], args.model != "fp32"),
+        )
         self.norm = kernel.norm([self.gradient])
 
     def update(self):
-        self.kernel.update(self.rule, [self.flat], self.norm, 1.0, 1.0)
+        self.kernel.update([self.flat], self.norm, 1.0, 1.0)
 
     def whole(self):
-        self.kernel.update(self.rule, [self.flat], self.kernel.norm([self.gradient]), 1.0, 1.0)
+        self.kernel.update([self.flat], self.kernel.norm([self.gradient]), 1.0, 1.0)
 
     def only_norm(self):
         self.kernel.norm([self.gradient])
@@ -108,7 +113,7 @@ def measure(args):
         n = fitting(n, free, args.gradient, args.model, args.moments, args.rule == "nag")
     sized = argparse.Namespace(**vars(args) | {"numel": n})
     kernel, _ = choose(args.kernel, device, n)
-    ours, plain = Ours(kernel, sized, device), Ours(HostKernel(), sized, device)
+    ours, plain = Ours(kernel, sized, device), Ours(EagerKernel(), sized, device)
     here, there = torch.randn(n, device=device), torch.empty(n, device=device)
     rivals, without = steps(n, device)
     actions = {

@@ -23,8 +23,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from noflush.checkpoint import newest_complete
 from noflush.demo.port import held_port
+from noflush.stage.checkpoint import newest_complete
 from tests.faults import gpt, plain
 from tests.faults.cases import CASES, Case
 from tests.multiproc.ranks import _context
@@ -43,7 +43,7 @@ BOUND = {
 ACCUSED = re.compile(
     r"(?:[Ss]tage \d+ \(|\b)rank (\d+)\)? (?:is gone|has been silent|was silent|failed)", re.IGNORECASE
 )
-"""How `noflush.blame` and `noflush.keeper` say it."""
+"""How `noflush.failure.blame` and `noflush.failure.keeper` say it."""
 
 
 @dataclass

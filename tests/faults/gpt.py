@@ -64,8 +64,8 @@ def _strike(victim, full_disk):
     """Puts the phases of ``victim`` into this process."""
     import torch
 
-    from noflush.engine import NoFlushEngine
     from noflush.launch.training import start
+    from noflush.patches.deepspeed.engine import NoFlushEngine
 
     torch.set_num_threads(1)
     build, leave, write = start.build_engine, start.leave, torch.save

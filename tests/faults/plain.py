@@ -63,7 +63,7 @@ def script(rank, world, save, victim):
     import torch
 
     import noflush
-    from noflush.checkpoint import newest_complete
+    from noflush.stage.checkpoint import newest_complete
     from tests.multiproc import training as t
 
     noflush.register()

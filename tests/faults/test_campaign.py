@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from noflush.blame import Words, judge
+from noflush.failure.blame import Words, judge
 from tests.faults.campaign import _FAULTS, ACCUSED
 from tests.faults.cases import CASES, PHASES
 

@@ -91,7 +91,7 @@ def train(rank, case):
 @pytest.mark.multiproc
 @pytest.mark.parametrize("case", ["their schedule", "torch's schedule", "functions", "no schedule"])
 def test_the_rule_trains_in_the_place_of_the_scripts_optimizer(case):
-    from noflush.optim import DelayAwareNAdamW
+    from noflush.methods import DelayAwareNAdamW
 
     torch.set_num_threads(1)
     results = run_ranks(train, 2, case=case)

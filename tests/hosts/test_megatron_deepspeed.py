@@ -11,9 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from noflush.config import ConfigError, RunFacts, check_run
+from noflush.config import ConfigError
 from noflush.demo.port import held_port
-from noflush.patches import megatron_deepspeed as seam
+from noflush.patches.deepspeed import megatron_deepspeed as seam
+from noflush.patches.deepspeed.faults import RunFacts, check_run
 from tests.multiproc.ranks import run_ranks
 
 LR, DECAY, SEQUENCE = 1e-3, 0.1, 4

@@ -20,8 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from noflush.kernels import fused
-from noflush.kernels.device import _BLOCK, _HYPERS, _NORM_BLOCK
+from noflush.kernels.launch import BLOCK, NORM_BLOCK
+from noflush.methods import adamw, nadamw, nag
+from noflush.methods.table import METHODS, load
 
+HYPERS = {"nadamw": nadamw.Hyper, "adamw": adamw.Hyper, "nag": nag.Hyper}
+METHOD = {load(name).__module__.split(".")[-1]: load(name).METHOD for name in METHODS}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MODEL = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
@@ -33,24 +37,26 @@ def step_source(rule, gradient, model, moments, length="i32"):
         "state1": MODEL[moments], "c": "*fp32", "n": length,
     }  # fmt: skip
     constants = {
-        "RULE": {"nadamw": 0, "adamw": 1, "nag": 2}[rule], "MASTER": model != "fp32", "ZERO": True,
-        "ROUND": moments == "bf16", "BLOCK": _BLOCK,
+        "RULE": METHOD[rule].fused.rule, "STATES": len(METHOD[rule].row.state), "MASTER": model != "fp32", "ZERO": True,
+        "ROUND": moments == "bf16", "BLOCK": BLOCK,
     }  # fmt: skip
     return _source(fused.step, types, constants)
 
 
 def norm_source(gradient):
-    return _source(
-        fused.sum_of_squares, {"x": MODEL[gradient], "partials": "*fp32", "n": "i32"}, {"BLOCK": _NORM_BLOCK}
-    )
+    return _source(fused.sum_of_squares, {"x": MODEL[gradient], "partials": "*fp32", "n": "i32"}, {"BLOCK": NORM_BLOCK})
 
 
 def prepare_source(rule):
     types = {
-        "hyper": "*fp64", "clocks": "*fp32", "norm": "*fp32", "scale": "*fp32", "coefficients": "*fp32",
+        "hyper": "*fp64", "clocks": "*fp32", "norm": "*fp32", "scale": "*fp32", "numbers": "*fp32",
         "outcome": "*fp32", "max_norm": "*fp32",
     }  # fmt: skip
-    constants = {"RULE": {"nadamw": 0, "adamw": 1, "nag": 2}[rule], "HYPERS": _HYPERS, "WORDS": fused.WORDS}
+    of_rule = METHOD[rule].fused
+    constants = {
+        "FACTOR": of_rule.factor, "COEFFICIENTS": of_rule.coefficients, "HYPERS": len(HYPERS[rule]._fields),
+        "WORDS": fused.COMMON + of_rule.words,
+    }  # fmt: skip
     return _source(fused.prepare, types, constants)
 
 

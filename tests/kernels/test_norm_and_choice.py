@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from noflush.kernels import choice
-from noflush.kernels.device import TritonKernel
+from noflush.kernels.launch import TritonKernel
 from noflush.kernels.norm import apex_norm, gradient_norm
 
 CPU = torch.device("cpu")

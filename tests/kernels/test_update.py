@@ -10,11 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noflush.kernels.choice import cpu_compiler
-from noflush.kernels.device import TritonKernel
-from noflush.kernels.flat import Flat
-from noflush.kernels.host import CompiledKernel, HostKernel
-from noflush.kernels.reference import RULES, noise, round_stochastically
-from noflush.kernels.scalars import COEFFICIENTS, Hyper, momentum
+from noflush.kernels.eager import CompiledKernel, EagerKernel
+from noflush.kernels.launch import TritonKernel
+from noflush.methods import adamw, nadamw, nag
+from noflush.methods.elementwise import noise, round_stochastically
+from noflush.methods.flat import Flat
+from noflush.methods.table import METHODS, load
 
 pytestmark = pytest.mark.kernels
 needs_compiler = pytest.mark.skipif(not cpu_compiler(), reason="torch.compile needs a C++ compiler")
@@ -23,17 +24,22 @@ ULP = 2.0**-23
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+RULES = {load(name).__module__.split(".")[-1]: load(name).METHOD for name in METHODS}
+
+
 def hyper(rule, decay=0.01, delay=3.0):
-    if rule == "nag":
-        return Hyper(3e-2, 0.9, weight_decay=decay, discount_steps=4.0, delay=delay)
-    return Hyper(3e-3, 0.99, 0.999, 1e-8, decay, 4e-3, 0.0, 4.0 if rule == "nadamw" else 0.0, delay)
+    return {
+        "nag": nag.Hyper(3e-2, 0.9, decay, 1.0, discount_steps=4.0, delay=delay),
+        "adamw": adamw.Hyper(3e-3, 0.99, 0.999, 1e-8, decay),
+        "nadamw": nadamw.Hyper(3e-3, 0.99, 0.999, 1e-8, decay, 4e-3, 0.0, 4.0, delay),
+    }[rule]
 
 
 class Run:
     """The tensors of one kernel's run: groups of given lengths, from one seed."""
 
     def __init__(self, kernel, rule, lengths, gradient, model, moments, seed=0, first=0):
-        self.kernel, self.rule = kernel, rule
+        self.kernel = kernel
         draw = torch.Generator().manual_seed(seed)
         self.draw = draw
         self.clocks = torch.tensor([[0.0, 1.0]] * len(lengths))
@@ -46,7 +52,9 @@ class Run:
             target = new(model).fill_(math.nan)
             self.flats.append(
                 Flat(
-                    new(gradient), weights, target, state, self.clocks[i], hyper(rule, 0.01 * i), model != torch.float32
+                    RULES[rule],
+                    *(new(gradient), weights, target, state, self.clocks[i], hyper(rule, 0.01 * i)),
+                    model != torch.float32,
                 )
             )
 
@@ -56,7 +64,7 @@ class Run:
         if spoil and self.flats[-1].gradient.numel():
             self.flats[-1].gradient[-1] = math.inf
         norm = self.kernel.norm([f.gradient for f in self.flats])
-        outcome = self.kernel.update(self.rule, self.flats, norm, max_norm, scale)
+        outcome = self.kernel.update(self.flats, norm, max_norm, scale)
         if swap:  # full precision: the next version becomes the newest
             for flat in self.flats:
                 flat.weights.copy_(flat.target)
@@ -100,7 +108,7 @@ def assert_alike(one, other, ulps=4):
 def test_triton_is_the_reference(rule, lengths, gradient, model, moments, first, spoil, max_norm, scale, seed):
     """Lengths around a block's edge, alignments, dtypes, groups, an update that is skipped, clipping and scales."""
     arguments = (rule, lengths, gradient, model, moments, seed, first)
-    ours, reference = Run(TritonKernel(torch.device("cpu")), *arguments), Run(HostKernel(), *arguments)
+    ours, reference = Run(TritonKernel(torch.device("cpu")), *arguments), Run(EagerKernel(), *arguments)
     for step in range(2):
         found = ours.step(step == spoil, max_norm, scale, model == torch.float32)
         wanted = reference.step(step == spoil, max_norm, scale, model == torch.float32)
@@ -117,7 +125,7 @@ def test_compile_is_the_reference(rule, model):
     kernel = CompiledKernel()
     for lengths in ([2049, 7], [130_001]):
         arguments = (rule, lengths, model, model, torch.float32)
-        ours, reference = Run(kernel, *arguments), Run(HostKernel(), *arguments)
+        ours, reference = Run(kernel, *arguments), Run(EagerKernel(), *arguments)
         for step in range(3):
             assert ours.step(step == 1, 0.5, 1.0, model == torch.float32) == reference.step(
                 step == 1, 0.5, 1.0, model == torch.float32
@@ -128,7 +136,7 @@ def test_compile_is_the_reference(rule, model):
 @needs_compiler
 def test_compile_takes_bf16_moments():
     arguments = ("nadamw", [2049], torch.bfloat16, torch.bfloat16, torch.bfloat16)
-    ours, reference = Run(CompiledKernel(), *arguments), Run(HostKernel(), *arguments)
+    ours, reference = Run(CompiledKernel(), *arguments), Run(EagerKernel(), *arguments)
     for _ in range(3):
         ours.step()
         reference.step()
@@ -157,10 +165,10 @@ def test_reference_is_float64_to_rounding(rule):
     product = 1.0
     for step in range(1, 21):
         g = torch.randn(n, generator=draw)
-        product *= momentum(h, step)
-        c = COEFFICIENTS[rule](h, step, product, 0.5)
-        RULES[rule](g.clone(), w32, w32, s32, c, False, True)
-        RULES[rule](g.double(), w64, w64, s64, c, False, True)
+        product *= RULES[rule].factor(h, step) if RULES[rule].factor else 1.0
+        c = RULES[rule].coefficients(h, step, product, 0.5)
+        RULES[rule].rule(g.clone(), w32, w32, s32, c, False, True)
+        RULES[rule].rule(g.double(), w64, w64, s64, c, False, True)
     # Nesterov's drift carries a rounding on for 1 / (1 - momentum) steps.
     assert close(w32, w64.float(), 200 if rule == "nag" else 20, 1e-1)
 
@@ -169,10 +177,10 @@ def test_reference_is_float64_to_rounding(rule):
 def test_500_steps_are_torchs_nadam(kernel):
     """``torch`` bit for bit; the others within 32 units in the last place (of 0.1 where a weight is smaller)."""
     n, steps = (300, 500)
-    made = {"torch": HostKernel, "compile": CompiledKernel, "triton": lambda: TritonKernel(torch.device("cpu"))}
+    made = {"torch": EagerKernel, "compile": CompiledKernel, "triton": lambda: TritonKernel(torch.device("cpu"))}
     run = Run(made[kernel](), "nadamw", [n], torch.float32, torch.float32, torch.float32)
     flat = run.flats[0]
-    object.__setattr__(flat, "hyper", Hyper(3e-3, 0.99, 0.999, 1e-8, 0.01, 4e-3, 0.0))
+    object.__setattr__(flat, "hyper", hyper("nadamw")._replace(discount_steps=0.0, delay=0.0))
     p = torch.nn.Parameter(flat.weights.clone())
     theirs = torch.optim.NAdam([p], 3e-3, (0.99, 0.999), weight_decay=0.01, decoupled_weight_decay=True)
     again = torch.Generator().manual_seed(0)
@@ -187,9 +195,9 @@ def test_500_steps_are_torchs_nadam(kernel):
         assert close(flat.weights, p.detach(), 32, 0.1)
 
 
-@pytest.mark.parametrize("kernel", [HostKernel(), TritonKernel(torch.device("cpu"))], ids=["torch", "triton"])
+@pytest.mark.parametrize("kernel", [EagerKernel(), TritonKernel(torch.device("cpu"))], ids=["torch", "triton"])
 def test_nothing_to_update_is_no_update(kernel):
-    outcome = kernel.update("nadamw", [], kernel.norm([]), 1.0, 1.0)
+    outcome = kernel.update([], kernel.norm([]), 1.0, 1.0)
     assert (outcome.norm.item(), outcome.skipped.item()) == (0.0, 0.0)
 
 

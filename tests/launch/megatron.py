@@ -80,7 +80,7 @@ def simulate(rank, run, calls):
     from noflush.launch.gpt.pipeline import layer_specs, next_token_loss
     from noflush.launch.training.schedule import schedule_of
     from noflush.launch.training.start import join
-    from noflush.optim import DelayAwareNAdamW
+    from noflush.methods import DelayAwareNAdamW
     from noflush.simulate import DelaySimulator
 
     join(dataclasses.replace(run.ranks, world=1, tensor=1, pipeline=1))

@@ -7,7 +7,6 @@ import os
 
 import pytest
 
-from noflush.checkpoint import PARTIAL, CheckpointError
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Checkpoints, Ranks
 from noflush.launch.convert.checkpoint import read_weights, write_checkpoint
@@ -20,6 +19,7 @@ from noflush.launch.training.checkpoint_files import (
     read_manifest,
     write_manifest,
 )
+from noflush.stage.checkpoint import PARTIAL, CheckpointError
 from tests.launch.megatron import settings
 from tests.launch.test_convert import LLAMA, weights
 from tests.launch.test_pretrain import arguments

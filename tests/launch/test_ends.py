@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
-from noflush.checkpoint import REPLACED, newest_complete, write_latest
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.pretrain_gpt import settings_of
+from noflush.stage.checkpoint import REPLACED, newest_complete, write_latest
 from tests.launch.megatron import settings
 from tests.launch.processes import Run
 from tests.launch.test_pretrain import arguments, finish
@@ -22,7 +22,7 @@ MORE = "--mock-data --pipeline-model-parallel-size 2"
 
 def _fail_alone(rank, run):
     """What the ranks say when rank 1 alone has a fault of its own."""
-    from noflush.last_words import explain
+    from noflush.failure.last_words import explain
     from noflush.launch.training.start import join
 
     join(run.ranks)
@@ -44,8 +44,8 @@ def test_a_rank_with_a_fault_of_its_own_accuses_nobody_and_is_repeated(tmp_path)
 
 
 def test_errors_about_peers_are_told_from_a_ranks_own():
-    from noflush.channels import PeerError
-    from noflush.last_words import is_about_peers
+    from noflush.failure.last_words import is_about_peers
+    from noflush.stage.channels import PeerError
 
     gloo = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:16769")
     late = RuntimeError("Application timeout caused pair closure")
@@ -113,8 +113,8 @@ def test_a_stop_at_an_evaluation_evaluates_and_later_ones_go_on(tmp_path):
 
 
 def _dtypes(rank, run):
-    from noflush import stage_update
     from noflush.launch.training.start import build_engine, join
+    from noflush.stage import update as stage_update
 
     join(run.ranks)
     engine = build_engine(run)

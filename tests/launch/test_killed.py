@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from noflush.checkpoint import newest_complete
+from noflush.stage.checkpoint import newest_complete
 from tests.launch.megatron import NADAMW, SMALL
 from tests.launch.processes import Run
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from noflush.demo.port import held_port
-from noflush.keeper import keeper_watched
+from noflush.failure.keeper import keeper_watched
 from noflush.launch.training.meeting import MeetingError, meet
 from tests.multiproc.ranks import _context
 

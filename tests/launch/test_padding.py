@@ -230,10 +230,10 @@ def _batches(seed):
 
 def _train(rank, argv, ranks):
     """Losses of six iterations, then of two held-out micro-batches; a checkpoint."""
-    from noflush.checkpoint import newest_complete
     from noflush.launch.arguments.progress import Position
     from noflush.launch.training import checkpoints
     from noflush.launch.training.start import build_engine, join
+    from noflush.stage.checkpoint import newest_complete
 
     settings, _ = settings_of(argv, ranks)
     join(settings.ranks)

@@ -41,7 +41,7 @@ def _logits(rank, folder):
 
     from noflush.launch.gpt.config import layer_spec, transformer_config
     from noflush.launch.gpt.pipeline import layer_specs
-    from noflush.patches import megatron_core
+    from noflush.patches.megatron_core import dropout as megatron_core
 
     parallel_state.initialize_model_parallel(1, 1)
     megatron_core.patch()

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from noflush.checkpoint import newest_complete
 from noflush.launch.arguments.progress import Course
 from noflush.launch.arguments.rampup import batch_size_at
 from noflush.launch.arguments.understand import understand
+from noflush.stage.checkpoint import newest_complete
 from tests.launch.megatron import NADAMW, SMALL
 from tests.launch.processes import Run
 

@@ -239,7 +239,7 @@ def test_trains_two_iterations(name, places, tmp_path, monkeypatch):
     results = run_ranks(train, WORLD, timeout=60, environment={"WANDB_MODE": "offline"}, argv=argv)
     for reason, iteration, losses, _, engine in results:
         assert (reason, len(losses)) == (None, iteration)
-        assert engine == "noflush.engine"
+        assert engine == "noflush.patches.deepspeed.engine"
         assert iteration == (3 if settings.batch.rampup and settings.steps.by_samples else 2)
     *_, (_, _, losses, _, _) = results
     assert losses == pytest.approx([math.log(settings.model.token_ids)] * len(losses), rel=0.03)

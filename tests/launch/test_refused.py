@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from noflush.checkpoint import newest_complete
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.pretrain_gpt import settings_of
 from noflush.launch.training.checkpoint_files import MANIFEST
+from noflush.stage.checkpoint import newest_complete
 from tests.launch.megatron import NADAMW
 from tests.launch.processes import Run
 from tests.launch.test_pretrain import arguments, finish

@@ -14,14 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import noflush.checkpoint
-from noflush.checkpoint import PARTIAL, newest_complete
+import noflush.stage.checkpoint
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.refusal import RefusedError, marker, say_refused
 from noflush.launch.training import checkpoints
 from noflush.launch.training.checkpoint_files import read_manifest, read_model
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.progress import Position
+from noflush.stage.checkpoint import PARTIAL, newest_complete
 from tests.launch.test_checkpoint_folders import NONE
 from tests.launch.test_convert import LLAMA
 from tests.multiproc.ranks import run_ranks
@@ -95,7 +95,7 @@ def kill_at(monkeypatch, step):
 
     for owner, name in (
         (os, "replace"), (Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (Path, "write_text"),
-        (noflush.checkpoint.shutil, "rmtree"), (Writer, "save"),
+        (noflush.stage.checkpoint.shutil, "rmtree"), (Writer, "save"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     return count
@@ -135,7 +135,7 @@ def test_no_link_is_followed(tmp_path):
     names = ("model.json", *FILES)
     for name in names:
         (treasure / name).write_text("keep")
-    for name in (f"global_step2{PARTIAL}", "global_step2", f"global_step2{noflush.checkpoint.REPLACED}"):
+    for name in (f"global_step2{PARTIAL}", "global_step2", f"global_step2{noflush.stage.checkpoint.REPLACED}"):
         (folder / name).symlink_to(treasure)
     for name in (f"latest{PARTIAL}", "latest", "zero_to_fp32.py"):
         (folder / name).symlink_to(treasure / "model.json")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from noflush.checkpoint import newest_complete
+from noflush.stage.checkpoint import newest_complete
 from tests.launch.megatron import SMALL
 from tests.launch.processes import Run
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.checkpoint import write_latest
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.understand import understand
 from noflush.launch.training.checkpoint_files import write_position
 from noflush.launch.training.schedule import schedule_of
+from noflush.stage.checkpoint import write_latest
 
 MAX, MIN = 1e-3, 1e-4
 RUN = (

@@ -18,7 +18,7 @@ _context.set_forkserver_preload(
     [
         "torch",
         "deepspeed",
-        "noflush.engine",
+        "noflush.patches.deepspeed.engine",
         "noflush.simulate",
         "noflush.launch.training.loop",
         "noflush.launch.data.datasets",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tests.multiproc.training as t
-from noflush.schedule import Schedule
+from noflush.order.schedule import Schedule
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc

@@ -32,7 +32,7 @@ def train_save_and_go_on(rank, folder, stages, gas):
 
 
 def resume(rank, folder, stages, gas):
-    from noflush.intake import DataExhausted
+    from noflush.stage.intake import DataExhausted
 
     engine = t.build(stages, t.ds_config(gas, block={}, **WARM_UP))
     noise = iter(t.data(3 * gas, seed=77))
@@ -125,7 +125,7 @@ def evaluate_mid_flight(rank):
 
 
 def test_evaluation_sees_every_stages_newest_weights_and_leaves_micro_batches_in_flight():
-    from noflush.schedule import Schedule
+    from noflush.order.schedule import Schedule
     from noflush.simulate import DelaySimulator
 
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.multiproc
 
 
 def train_to_the_end_of_data(rank):
-    from noflush.intake import DataExhausted
+    from noflush.stage.intake import DataExhausted
 
     engine = t.build(2, t.ds_config(4, block={}))
     stream = t.data(4 * 3 + 2)
@@ -87,7 +87,7 @@ def train_two_pipelines(rank):
 
 
 def one_replica_runs_out(rank):
-    from noflush.intake import DataExhausted
+    from noflush.stage.intake import DataExhausted
 
     engine = t.build(2, t.ds_config(2, block={}))
     replica = engine.grid.get_data_parallel_id()
@@ -111,7 +111,7 @@ def test_replicas_stop_together():
 
 def test_two_replicas_of_two_stages():
     """Equal on both replicas; equal to one pipeline that saw both halves, within the reduction's rounding."""
-    from noflush.schedule import Schedule
+    from noflush.order.schedule import Schedule
     from noflush.simulate import DelaySimulator
 
     torch.set_num_threads(1)

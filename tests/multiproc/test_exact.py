@@ -81,13 +81,13 @@ EQ13 = {
 
 
 def eq13(params):
-    from noflush.optim import DelayAwareNAdamW
+    from noflush.methods import DelayAwareNAdamW
 
     return DelayAwareNAdamW(params, lr=3e-3, betas=(0.9, 0.999), stage_momentum=True, lr_discount_steps=8)
 
 
 def nag(params):
-    from noflush.optim import DelayAwareNAG
+    from noflush.methods import DelayAwareNAG
 
     return DelayAwareNAG(params, lr=3e-2, momentum=0.9, weight_decay=0.01)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noflush import last_words
+from noflush.failure import last_words
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 

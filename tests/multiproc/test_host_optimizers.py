@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.host_optimizers import HOST_OPTIMIZERS
+from noflush.patches.deepspeed.optimizers import HOST_OPTIMIZERS
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 

@@ -30,7 +30,7 @@ ALL_IN_FP32 = Precision(torch.bfloat16, torch.float32, torch.float32)
 
 
 def nag(params):
-    from noflush.optim import DelayAwareNAG
+    from noflush.methods import DelayAwareNAG
 
     return DelayAwareNAG(params, lr=3e-2, momentum=0.9, weight_decay=0.01)
 

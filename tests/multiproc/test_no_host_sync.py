@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from noflush.prefetch import Prefetch
+from noflush.stage.prefetch import Prefetch
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -62,8 +62,8 @@ def of_the_loader(batches):
 
 def train(rank, optimizer, block, more, prefetch=Arrived):
     with (
-        mock.patch("noflush.assembly.dist.get_backend", return_value="nccl"),
-        mock.patch("noflush.assembly.Prefetch", prefetch),
+        mock.patch("noflush.patches.deepspeed.assembly.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.patches.deepspeed.assembly.Prefetch", prefetch),
     ):
         engine = t.build(4, t.ds_config(2, optimizer, block, **more))
     from deepspeed.accelerator import get_accelerator
@@ -133,4 +133,4 @@ def test_a_copy_of_the_loaders_batch_is_found():
 def test_what_reads_is_found():
     """DeepSpeed's own optimizers read the norm on the host: the test above can fail."""
     for found in run_ranks(train, 4, optimizer=t.ADAMW, block={}, more={"gradient_clipping": 1.0}):
-        assert any("stage_update" in where for _, where in found)
+        assert any("noflush.stage.update" in where for _, where in found)

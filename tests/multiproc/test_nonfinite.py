@@ -180,7 +180,7 @@ FP16_CASES = {
 
 
 def train_fp16(rank, stages):
-    from noflush.loss_scale import TravellingScale
+    from noflush.stage.loss_scale import TravellingScale
 
     allow_fp16()
     results = {}

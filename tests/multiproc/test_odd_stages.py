@@ -65,7 +65,7 @@ CASES = [
 
 
 def test_a_stage_with_nothing_to_train_makes_empty_updates(tmp_path):
-    from noflush.schedule import Schedule
+    from noflush.order.schedule import Schedule
     from noflush.simulate import DelaySimulator
 
     torch.set_num_threads(1)

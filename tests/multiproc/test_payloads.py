@@ -64,7 +64,7 @@ def train_tuples(rank):
 
 
 def test_any_tensors_pass_between_stages():
-    from noflush.schedule import Schedule
+    from noflush.order.schedule import Schedule
     from noflush.simulate import DelaySimulator
 
     torch.set_num_threads(1)

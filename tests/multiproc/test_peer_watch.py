@@ -22,8 +22,8 @@ GPT = t.GPT | {"depth": 6}
 
 def build(stages, seconds):
     with (
-        mock.patch("noflush.assembly.dist.get_backend", return_value="nccl"),
-        mock.patch("noflush.channels.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.patches.deepspeed.assembly.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.stage.channels.dist.get_backend", return_value="nccl"),
     ):
         return t.build(stages, t.ds_config(1, block={"peer_timeout_s": seconds}), gpt=GPT)
 

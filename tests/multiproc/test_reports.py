@@ -59,7 +59,7 @@ def test_counters_rates_monitors_and_the_printed_line(tmp_path):
     assert [int(row[0]) for row in rows[1:]] == [3 * n for n in range(1, 10)]
     assert any("bubble" in f.name for f in files)
     assert list(Path(tmp_path).rglob("events.out.tfevents*"))
-    from noflush.trace import read
+    from noflush.watch.trace import read
 
     assert {e.stage for e in read(tmp_path / "trace").events} == {0, 1, 2, 3}
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from noflush.communicators import communicators
+from noflush.order.communicators import communicators
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -93,7 +93,7 @@ def test_unguarded_one_ranks_split_meets_anothers_for_another_group():
 
 def links_opened(rank, stages):
     """How many of the device's groups with a neighbour a rank is in."""
-    from noflush import channels
+    from noflush.stage import channels
 
     channels.without_splits = contextlib.nullcontext
     made = counted(lambda: channels.connect([list(range(stages))], rank, torch.device("cpu"), 30.0))[1]
@@ -111,7 +111,7 @@ def constructed(rank, stages, guarded):
     gpt = t.GPT | {"depth": 6}
     config = t.ds_config(1, block={})
     with contextlib.ExitStack() as patches:
-        for module in ("channels", "assembly"):
+        for module in ("stage.channels", "patches.deepspeed.assembly"):
             patches.enter_context(mock.patch(f"noflush.{module}.dist.get_backend", return_value="nccl"))
             if not guarded:
                 patches.enter_context(mock.patch(f"noflush.{module}.without_splits", contextlib.nullcontext))

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from noflush.demo.gpt import gpt_layers, next_token_loss, split_by_blocks
-from noflush.schedule import Schedule
+from noflush.order.schedule import Schedule
 
 GPT = {"vocabulary": 32, "sequence": 12, "width": 16, "heads": 2, "depth": 4}
 NADAMW = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "betas": [0.99, 0.999], "weight_decay": 0.01}}
@@ -135,7 +135,7 @@ def simulate(
 
 
 def nadamw(params):
-    from noflush.optim import DelayAwareNAdamW
+    from noflush.methods import DelayAwareNAdamW
 
     return DelayAwareNAdamW(params, lr=3e-3, betas=(0.99, 0.999), weight_decay=0.01)
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.flat_optimizer import FlatGroup, mu_product
-from noflush.kernels.host import HostKernel
-from noflush.optim import DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW
-from noflush.versions import lay_out
+from noflush.kernels.eager import EagerKernel
+from noflush.methods import DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW
+from noflush.methods.flat import FlatGroup
+from noflush.methods.optimizer import running_product
+from noflush.stage.versions import lay_out
 from tests.unit.test_optim import parameters
 
-KERNEL = HostKernel()
+KERNEL = EagerKernel()
+METHOD = DelayAwareNAdamW.METHOD
 SETTINGS = {"lr": 3e-3, "betas": (0.99, 0.999), "weight_decay": 0.01}
+
+
+def hyper_of(rule):
+    return METHOD.hyper(rule.param_groups[0], rule.place)
 
 
 class Flat:
@@ -22,7 +28,7 @@ class Flat:
         self.params = parameters()
         self.rule = rule(self.params, **settings)
         (self.layout,) = lay_out(self.params)
-        self.rule.flatten([FlatGroup(0, *vars(self.layout).values())], KERNEL)
+        self.rule.flatten([FlatGroup.of(0, *vars(self.layout).values())], KERNEL)
         self.weights, self.out = self.layout.new_flat(), self.layout.new_flat()
         for view, p in zip(self.layout.views(self.weights), self.params, strict=True):
             view.copy_(p.detach())
@@ -74,10 +80,10 @@ def test_loading_weights_alone_leaves_the_product_as_it_was():
 
 def test_the_product_of_any_number_of_updates_takes_no_time():
     whole = Flat(**SETTINGS)
-    hyper = whole.rule._hyper(whole.rule.param_groups[0])
-    assert mu_product(hyper, 0) == 1
-    assert 0 < mu_product(hyper, 100) < 0.99**50
-    assert mu_product(hyper, 10**12) == mu_product(hyper, 10**5) < 1e-40
+    hyper = hyper_of(whole.rule)
+    assert running_product(METHOD, hyper, 0) == 1
+    assert 0 < running_product(METHOD, hyper, 100) < 0.99**50
+    assert running_product(METHOD, hyper, 10**12) == running_product(METHOD, hyper, 10**5) < 1e-40
 
 
 def test_an_adamws_moments_are_taken_with_the_product_of_as_many_updates():
@@ -91,14 +97,14 @@ def test_an_adamws_moments_are_taken_with_the_product_of_as_many_updates():
     ours.rule.load_state_dict(adamw.state_dict())
     state = ours.rule.state[ours.params[0]]
     assert state["step"] == 4
-    assert state["mu_product"] == mu_product(ours.rule._hyper(ours.rule.param_groups[0]), 4)
+    assert state["mu_product"] == running_product(METHOD, hyper_of(ours.rule), 4)
     # Parameter by parameter it goes on from the same product.
     apart = parameters()
     single = DelayAwareNAdamW(apart, **SETTINGS)
     single.load_state_dict(adamw.state_dict())
     apart[0].grad = torch.ones_like(apart[0])
     single.step()
-    assert single.state[apart[0]]["mu_product"] == mu_product(single._hyper(single.param_groups[0]), 5)
+    assert single.state[apart[0]]["mu_product"] == running_product(METHOD, hyper_of(single), 5)
 
 
 @pytest.mark.parametrize("dropped", ["exp_avg", "exp_avg_sq", "step"])

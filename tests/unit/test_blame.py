@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from noflush.blame import Verdict, Words, judge
+from noflush.failure.blame import Verdict, Words, judge
 
 
 def name(rank):
@@ -145,7 +145,7 @@ def test_a_time_that_is_not_known_is_not_said():
 def test_an_error_of_the_store_itself_is_laid_to_its_keeper():
     code = """
 from torch.distributed import DistNetworkError
-from noflush import last_words
+from noflush.failure import last_words
 class Broken:
     def set(self, key, value): raise RuntimeError("connection reset")
 last_words.attend(1, 3, "stage {}".format, Broken())

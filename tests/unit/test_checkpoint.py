@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from noflush.checkpoint import (
+from noflush.stage.checkpoint import (
     PARTIAL,
     REPLACED,
     CheckpointError,

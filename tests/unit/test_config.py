@@ -8,15 +8,9 @@ import time
 
 import pytest
 
-from noflush.config import (
-    OUR_OPTIMIZERS,
-    AsyncPipelineConfig,
-    ConfigError,
-    RunFacts,
-    check_config,
-    check_run,
-    parse_block,
-)
+from noflush.config import AsyncPipelineConfig, ConfigError, parse_block
+from noflush.methods.table import METHODS
+from noflush.patches.deepspeed.faults import RunFacts, check_config, check_run
 
 GOOD = {
     "train_micro_batch_size_per_gpu": 8,
@@ -70,7 +64,7 @@ def test_a_clients_optimizer_is_not_judged_by_the_section_it_replaces():
 
 
 def test_one_of_ours_in_the_config_is_not_dropped_silently_for_a_clients():
-    for name in OUR_OPTIMIZERS:
+    for name in METHODS:
         with pytest.raises(ConfigError, match=f"type is '{name}', but the script passes an optimizer of its own"):
             check_run(with_block() | {"optimizer": {"type": name}}, RunFacts(stages=2, layers=4, client_optimizer=True))
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from noflush.device_time import DeviceTimes
-from noflush.schedule import Op
-from noflush.trace import Recorder
+from noflush.order.schedule import Op
+from noflush.watch.device_time import DeviceTimes
+from noflush.watch.trace import Recorder
 
 
 class Device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from noflush.host_optimizers import HOST_OPTIMIZERS
+from noflush.patches.deepspeed.optimizers import HOST_OPTIMIZERS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

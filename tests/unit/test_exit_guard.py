@@ -22,7 +22,7 @@ def ended(code, **more):
             process.kill()
 
 
-ARMED = "import atexit, ctypes, sys, time\nfrom noflush.exit_guard import end_within\nend_within(1.0, 3)\n"
+ARMED = "import atexit, ctypes, sys, time\nfrom noflush.failure.exit_guard import end_within\nend_within(1.0, 3)\n"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_it_may_end_before_by_itself_or_be_called_off():
 
 PLAIN = """
 import atexit, time
-from noflush.last_words import PeerError, attend
+from noflush.failure.last_words import PeerError, attend
 atexit.register(time.sleep, 60)
 attend(1, 2, "rank {}".format)
 """
@@ -59,7 +59,7 @@ attend(1, 2, "rank {}".format)
     "end",
     [
         "raise PeerError('stage 0 (rank 0) is gone')",
-        "import sys\nfrom noflush.last_words import explain\nexplain(PeerError('gone'))\nsys.exit(5)",
+        "import sys\nfrom noflush.failure.last_words import explain\nexplain(PeerError('gone'))\nsys.exit(5)",
     ],
 )
 def test_a_plain_script_ends_in_time_after_an_uncaught_error_and_after_one_about_a_peer(end):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from noflush.gradients import FlatGradients
-from noflush.versions import lay_out
+from noflush.stage.gradients import FlatGradients
+from noflush.stage.versions import lay_out
 
 
 def make():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.intake import DataExhausted, Intake, Notices
-from noflush.prefetch import Prefetch
+from noflush.stage.intake import DataExhausted, Intake, Notices
+from noflush.stage.prefetch import Prefetch
 
 CPU = Prefetch(torch.device("cpu"))
 

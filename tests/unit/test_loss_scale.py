@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from noflush.loss_scale import TravellingScale
+from noflush.stage.loss_scale import TravellingScale
 
 
 class Halving:

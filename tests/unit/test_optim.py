@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from noflush.flat_optimizer import FlatGroup
-from noflush.kernels.host import HostKernel
-from noflush.optim import RULES, DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW
-from noflush.versions import lay_out
+from noflush.kernels.eager import EagerKernel
+from noflush.methods import METHODS, DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW, load
+from noflush.methods.flat import FlatGroup
+from noflush.methods.method import Place
+from noflush.stage.versions import lay_out
 
 SHAPES = [(64, 33), (7,), (1,), (3, 5, 2), (129,)]
 
@@ -82,14 +83,14 @@ def test_state_of_coupled_weight_decay_is_refused():
         PipeDreamAdamW(parameters()).load_state_dict(torch.optim.AdamW(parameters(), amsgrad=True).state_dict())
 
 
-@pytest.mark.parametrize("rule", RULES.values())
+@pytest.mark.parametrize("rule", [load(name) for name in METHODS])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_flat_and_out_of_place_is_parameter_by_parameter(rule, weight_decay):
     apart, flat = parameters(), parameters()
     a, b = rule(apart, weight_decay=weight_decay), rule(flat, weight_decay=weight_decay)
     (layout,) = lay_out(flat)
-    kernel = HostKernel()
-    b.flatten([FlatGroup(0, layout.params, layout.offsets, layout.numel)], kernel)
+    kernel = EagerKernel()
+    b.flatten([FlatGroup.of(0, layout.params, layout.offsets, layout.numel)], kernel)
     now, following, gradient = layout.new_flat(), layout.new_flat(), layout.new_flat()
     for view, p in zip(layout.views(now), flat, strict=True):
         view.copy_(p.detach())
@@ -108,14 +109,14 @@ def test_flat_and_out_of_place_is_parameter_by_parameter(rule, weight_decay):
         assert all(torch.equal(a.state[p][k], b.state[q][k]) for k in a.state[p])
 
 
-@pytest.mark.parametrize("rule", RULES.values())
+@pytest.mark.parametrize("rule", [load(name) for name in METHODS])
 def test_flat_state_survives_a_state_dict(rule):
     ran, loaded = parameters(), parameters()
     a, b = rule(ran), rule(loaded)
-    kernel = HostKernel()
+    kernel = EagerKernel()
     for optimizer, members in ((a, ran), (b, loaded)):
         (layout,) = lay_out(members)
-        optimizer.flatten([FlatGroup(0, *vars(layout).values())], kernel)
+        optimizer.flatten([FlatGroup.of(0, *vars(layout).values())], kernel)
     draw = torch.Generator().manual_seed(1)
     start = torch.randn(layout.numel, generator=draw)
     wa, out = start.clone(), torch.empty_like(start)
@@ -225,15 +226,15 @@ def test_stage_momentum_is_equation_13(rule, settings, expected):
     got = []
     for stage in range(4):
         optimizer = rule([Parameter(torch.ones(1))], stage_momentum=True, **settings)
-        optimizer.set_stage(stage, 4, delay=3 - stage)
-        got.append(optimizer._hyper(optimizer.param_groups[0]).beta1)
+        optimizer.set_stage(Place(stage, 4, delay=3 - stage))
+        got.append(optimizer.METHOD.hyper(optimizer.param_groups[0], optimizer.place)[1])
     assert got == pytest.approx(expected)
 
 
 def test_learning_rate_discount_is_equation_13():
     p = Parameter(torch.zeros(1))
     optimizer = DelayAwareNAG([p], lr=1.0, momentum=0.0, lr_discount_steps=4)
-    optimizer.set_stage(0, 4, delay=4.0)
+    optimizer.set_stage(Place(0, 4, delay=4.0))
     moves = []
     for _ in range(6):
         p.grad = torch.ones(1)
@@ -247,7 +248,7 @@ def test_learning_rate_discount_is_equation_13():
 def test_discount_leaves_a_stage_without_delay_alone():
     p = Parameter(torch.zeros(1))
     optimizer = DelayAwareNAG([p], lr=1.0, momentum=0.0, lr_discount_steps=4)
-    optimizer.set_stage(3, 4, delay=0.0)
+    optimizer.set_stage(Place(3, 4, delay=0.0))
     p.grad = torch.ones(1)
     optimizer.step()
     assert p.item() == -1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.payloads import PayloadError, PayloadSpec, check_batch, check_loss, check_outputs
+from noflush.stage.payloads import PayloadError, PayloadSpec, check_batch, check_loss, check_outputs
 
 X = torch.zeros(2, 3)
 
@@ -93,7 +93,7 @@ def test_each_end_judges_what_it_reads():
 
 
 def test_what_is_conjugated_lazily_travels_as_its_values():
-    from noflush.channels import _wire
+    from noflush.stage.channels import _wire
 
     x = torch.tensor([1 + 2j, 3 - 1j])
     for lazy in (x.conj(), torch.tensor([1.0, -2.0])._neg_view(), x.conj().imag):
@@ -102,7 +102,7 @@ def test_what_is_conjugated_lazily_travels_as_its_values():
 
 
 def test_what_nccl_cannot_carry_travels_as_bytes():
-    from noflush.channels import _NATIVE, _wire
+    from noflush.stage.channels import _NATIVE, _wire
 
     for dtype in (torch.bool, torch.int16, torch.complex64, torch.complex128):
         for sent in (torch.ones(3, 2, dtype=dtype), torch.ones((), dtype=dtype)):

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from noflush.__main__ import main
-from noflush.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
-from noflush.plan import best_extra_in_flight, human_bytes, make_plan
-from noflush.schedule import Schedule
-from noflush.timing import Cost, play
+from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
+from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
+from noflush.order.schedule import Schedule
+from noflush.order.timing import Cost, play
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8, 16])

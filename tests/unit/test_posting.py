@@ -11,9 +11,9 @@ import itertools
 
 import pytest
 
-from noflush.deadlock import ScheduleError, check_in_step, check_order, check_posts, program, prove
-from noflush.posting import call_order, drain_order, kept_posted
-from noflush.schedule import Action, Op, Schedule, with_communication
+from noflush.order.deadlock import ScheduleError, check_in_step, check_order, check_posts, program, prove
+from noflush.order.posting import call_order, drain_order, kept_posted
+from noflush.order.schedule import Action, Op, Schedule, with_communication
 
 NAMES = ("1f1b_no_flush", "1f1b_flush")
 

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 import torch
 
-from noflush.prefetch import Prefetch
+from noflush.stage.prefetch import Prefetch
 
 Pair = namedtuple("Pair", "inputs labels")
 X, Y = torch.zeros(2), torch.ones(3)

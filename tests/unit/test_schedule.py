@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noflush.deadlock import ScheduleError, check_order, check_versions, program, prove
-from noflush.schedule import Action, Op, Schedule, ceil_div, with_communication
+from noflush.order.deadlock import ScheduleError, check_order, check_versions, program, prove
+from noflush.order.schedule import Action, Op, Schedule, ceil_div, with_communication
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(p, k) for p in (1, 2, 4, 8) for k in (1, 2, 4)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from noflush.__main__ import main
 from noflush.demo.gpt import gpt_layers, next_token_loss, split_by_blocks
-from noflush.schedule import Schedule
+from noflush.order.schedule import Schedule
 from noflush.simulate import DelaySimulator
 
 GPT = {"vocabulary": 16, "sequence": 6, "width": 8, "heads": 2, "depth": 4}
@@ -129,7 +129,7 @@ def test_command_trains_many_virtual_stages(capsys, tmp_path):
         (["--text", "/does/not/exist"], "give a readable text file"),
         (["--optimizer", "Magic"], "not one of DelayAwareNAdamW"),
         (["--optimizer-params", "{"], "not JSON"),
-        (["--optimizer-params", '{"speed": 1}'], "unexpected keyword argument 'speed'"),
+        (["--optimizer-params", '{"speed": 1}'], "no parameter speed: it has lr, betas"),
         (["--stages", "4", "--depth", "6"], "6 blocks do not divide into 4 stages"),
     ],
 )

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from noflush.config import AsyncPipelineConfig
-from noflush.guard import UpdateGuard
-from noflush.kernels.flat import Outcome
-from noflush.reports import BatchReports, ReportLayout
-from noflush.schedule import Schedule
-from noflush.skips import SkippedUpdates
+from noflush.methods.flat import Outcome
+from noflush.order.schedule import Schedule
+from noflush.stage.guard import UpdateGuard
+from noflush.stage.reports import BatchReports, ReportLayout
+from noflush.stage.skips import SkippedUpdates
 
 
 def outcome(finite):

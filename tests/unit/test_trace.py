@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from noflush import trace
 from noflush.__main__ import main
-from noflush.progress import progress_line
-from noflush.schedule import Op
+from noflush.order.schedule import Op
+from noflush.watch import trace
+from noflush.watch.progress import progress_line
 
 MS = 1_000_000
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from noflush.optim import DelayAwareNAdamW
-from noflush.versions import WeightRing, WeightVersionError, lay_out, layout_within
+from noflush.methods import DelayAwareNAdamW
+from noflush.stage.versions import WeightRing, WeightVersionError, lay_out, layout_within
 
 
 def model():

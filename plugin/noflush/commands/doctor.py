@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 import noflush
-from noflush.config import ConfigError, RunFacts, check_config, check_run
-from noflush.host_config import gas_of, read_host_config
+from noflush.config import ConfigError
+from noflush.patches.deepspeed.config_file import gas_of, read_host_config
+from noflush.patches.deepspeed.faults import RunFacts, check_config, check_run
 
 _PACKAGES = (
     *("torch", "deepspeed", "megatron-core", "transformers", "triton"),
@@ -68,7 +69,7 @@ def _check_host(console: Console) -> bool:
     except Exception as error:
         console.print(f"deepspeed cannot be imported: {type(error).__name__}: {error}")
         return False
-    from noflush.patches import deepspeed as seam
+    from noflush.patches.deepspeed import seam
 
     console.print(f"  device: {_device()}")
     missing = seam.missing_seams()
@@ -93,7 +94,7 @@ def _device() -> str:
 
 
 def _check_megatron_core(console: Console) -> bool:
-    from noflush.patches import megatron_core as seam
+    from noflush.patches.megatron_core import dropout as seam
 
     missing = seam.missing_seams()
     console.print(

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from noflush.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
-from noflush.schedule import Schedule
-from noflush.timing import Cost
+from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
+from noflush.order.schedule import Schedule
+from noflush.order.timing import Cost
 
 
 def add(commands: Any) -> None:

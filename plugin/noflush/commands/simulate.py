@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from noflush.schedule import Schedule
+from noflush.order.schedule import Schedule
 
 
 def add(commands: Any) -> None:
@@ -88,15 +88,15 @@ def _simulator(args: argparse.Namespace, schedule: Schedule) -> Any:
     import torch
 
     from noflush.demo import gpt, text
-    from noflush.optim import RULES
+    from noflush.methods.table import METHODS, load
     from noflush.simulate import DelaySimulator
 
     torch.manual_seed(args.seed)
     depth = args.depth or args.stages
     layers = gpt.gpt_layers(text.VOCABULARY, args.sequence, args.width, args.heads, depth)
-    rule: Any = RULES.get(args.optimizer) or getattr(torch.optim, args.optimizer, None)
+    rule: Any = load(args.optimizer) if args.optimizer in METHODS else getattr(torch.optim, args.optimizer, None)
     if rule is None:
-        raise ValueError(f"--optimizer {args.optimizer}: not one of {', '.join(RULES)} nor of torch.optim")
+        raise ValueError(f"--optimizer {args.optimizer}: not one of {', '.join(METHODS)} nor of torch.optim")
     try:
         params = json.loads(args.optimizer_params)
     except json.JSONDecodeError as error:

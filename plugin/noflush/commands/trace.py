@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from noflush import trace
-from noflush.timeline import draw_timeline
+from noflush.watch import trace
+from noflush.watch.timeline import draw_timeline
 
 
 def add(commands: Any) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from noflush.kernels.device import TritonKernel
-    from noflush.kernels.host import HostKernel
+    from noflush.kernels.eager import EagerKernel
+    from noflush.kernels.launch import TritonKernel
 
 # Elements a stage. Below, compiling costs more seconds than it saves in thousands of updates.
 WORTH_COMPILING = 4_000_000
@@ -21,7 +21,7 @@ class KernelError(ValueError):
     """The kernel asked for cannot run here; says why and what can."""
 
 
-def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel | TritonKernel, str]:
+def choose(kernel: str, device: torch.device, elements: int) -> tuple[EagerKernel | TritonKernel, str]:
     """The kernel for ``kernel`` (auto, triton, compile or torch) and the reason, for people.
 
     Args:
@@ -32,10 +32,10 @@ def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel
     Raises:
         KernelError: asked for one that cannot run here.
     """
-    from noflush.kernels.host import CompiledKernel, HostKernel
+    from noflush.kernels.eager import CompiledKernel, EagerKernel
 
     if kernel == "torch":
-        return HostKernel(), "as configured"
+        return EagerKernel(), "as configured"
     if kernel == "compile":
         if device.type == "cpu" and not cpu_compiler():
             raise KernelError(
@@ -49,16 +49,16 @@ def choose(kernel: str, device: torch.device, elements: int) -> tuple[HostKernel
             raise KernelError(f"kernel 'triton' cannot run here: {lacking}; use 'compile', 'torch' or 'auto'")
         return _triton(device), "as configured"
     if device.type != "cpu":
-        return (HostKernel(), f"no Triton: {lacking}") if lacking else (_triton(device), "the fused kernel for GPUs")
+        return (EagerKernel(), f"no Triton: {lacking}") if lacking else (_triton(device), "the fused kernel for GPUs")
     if elements < WORTH_COMPILING:
-        return HostKernel(), f"{elements:,} weights on a CPU: not worth compiling for"
+        return EagerKernel(), f"{elements:,} weights on a CPU: not worth compiling for"
     if not cpu_compiler():
-        return HostKernel(), "no C++ compiler found to compile with"
+        return EagerKernel(), "no C++ compiler found to compile with"
     return CompiledKernel(), f"{elements:,} weights on a CPU: torch.compile"
 
 
 def _triton(device: torch.device) -> TritonKernel:
-    from noflush.kernels.device import TritonKernel
+    from noflush.kernels.launch import TritonKernel
 
     return TritonKernel(device)
 

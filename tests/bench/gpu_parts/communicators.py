@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from noflush.groups import without_splits
+from noflush.stage.groups import without_splits
 from tests.bench.gpu_parts import device as gpu
 from tests.bench.gpu_parts.ranks import Ranks, join, own_device
 

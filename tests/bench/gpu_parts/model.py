@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from noflush.demo.gpt import gpt_layers, next_token_loss, split_by_blocks
-from noflush.optim import DelayAwareNAdamW
-from noflush.schedule import Schedule
+from noflush.methods import DelayAwareNAdamW
+from noflush.order.schedule import Schedule
 from noflush.simulate import DelaySimulator
 
 GAS = 4

@@ -13,17 +13,18 @@ import time
 import torch
 import torch.distributed as dist
 
-from noflush.channels import connect
-from noflush.deadlock import prove
 from noflush.demo.gpt import next_token_loss, split_by_blocks
-from noflush.flat_optimizer import FlatGroup
-from noflush.gradients import FlatGradients
 from noflush.kernels.choice import choose
-from noflush.payloads import TensorSpec
-from noflush.runner import StageRunner
-from noflush.schedule import Schedule
-from noflush.trace import Recorder
-from noflush.versions import WeightRing, lay_out
+from noflush.methods.flat import FlatGroup
+from noflush.methods.method import Place
+from noflush.order.deadlock import prove
+from noflush.order.schedule import Schedule
+from noflush.stage.channels import connect
+from noflush.stage.gradients import FlatGradients
+from noflush.stage.payloads import TensorSpec
+from noflush.stage.runner import StageRunner
+from noflush.stage.versions import WeightRing, lay_out
+from noflush.watch.trace import Recorder
 from tests.bench.gpu_parts import compared, model
 from tests.bench.gpu_parts import device as gpu
 from tests.bench.gpu_parts.ranks import join, own_device
@@ -34,7 +35,7 @@ POSTING = "in_step"  # NCCL's, in the rehearsal over gloo too
 
 
 class Stage:
-    """A `noflush.runner.StageWork` in plain torch: one stage's layers, data, weights and update."""
+    """A `noflush.stage.runner.StageWork` in plain torch: one stage's layers, data, weights and update."""
 
     def __init__(self, stage, schedule, of, device):
         self.first, self.last = stage == 0, stage == schedule.stages - 1
@@ -48,9 +49,9 @@ class Stage:
         self.ring = WeightRing(layouts, schedule.versions_alive(stage))
         self._gradients = FlatGradients(layouts)
         self._optimizer = model.optimizer(list(self.module.parameters()))
-        self._optimizer.set_stage(stage, schedule.stages, schedule.mean_delay(stage))
+        self._optimizer.set_stage(Place(stage, schedule.stages, schedule.mean_delay(stage)))
         self._kernel, _ = choose("auto", device, sum(layout.numel for layout in layouts))
-        groups = [FlatGroup(0, layout.params, layout.offsets, layout.numel) for layout in layouts]
+        groups = [FlatGroup.of(0, layout.params, layout.offsets, layout.numel) for layout in layouts]
         self._optimizer.flatten(groups, self._kernel)
 
     def _stand_still(self):

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from noflush.kernels.choice import choose
-from noflush.kernels.host import HostKernel
+from noflush.kernels.eager import EagerKernel
 from tests.bench.gpu_parts import device as gpu
 from tests.bench.update import Ours
 
@@ -31,7 +31,7 @@ def check(gradient, model, moments, numel, device):
     """Twelve updates, six of them as a graph's replays, beside the reference's: what was found."""
     args = argparse.Namespace(rule="nadamw", numel=numel, gradient=gradient, model=model, moments=moments)
     kernel, _ = choose("triton", device, numel)
-    ours, reference = Ours(kernel, args, device), Ours(HostKernel(), args, device)
+    ours, reference = Ours(kernel, args, device), Ours(EagerKernel(), args, device)
     gradients = [torch.randn(numel, device=device).to(ours.gradient.dtype) for _ in range(12)]
 
     def step(run, gradient):

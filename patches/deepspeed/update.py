@@ -1,0 +1,50 @@
+"""One update by an optimizer of DeepSpeed's that wraps another and keeps float32 masters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noflush.methods.flat import Outcome
+from noflush.patches.deepspeed.weights import ZeroWeights
+from noflush.stage.versions import WeightRing
+from noflush.stage.weights import Weights
+
+
+class WrappedUpdate:
+    """By `BF16_Optimizer` or `DeepSpeedZeroOptimizer` around any torch optimizer; they reduce, clip and skip.
+
+    Args:
+        weights: the stage's weights.
+        engine: reduces gradients.
+    """
+
+    def __init__(self, weights: Weights, engine: Any) -> None:
+        self._weights = weights
+        self._engine = engine
+
+    @torch.no_grad()
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`."""
+        zero = isinstance(self._weights, ZeroWeights)
+        if self._engine.is_data_parallel or zero:
+            self._engine._exec_reduce_grads()
+        optimizer = self._weights.optimizer
+        if zero:
+            optimizer.loss_scaler.cur_scale = float(scale)
+        newest = ring.newest_flats
+        following = ring.begin_update()
+        self._weights.point_at(following)
+        optimizer.step()
+        if optimizer.overflow:
+            for old, new in zip(newest, following, strict=True):
+                new.copy_(old)
+        ring.commit_update()
+        optimizer.zero_grad()
+        found = optimizer._global_grad_norm  # None where zero_optimization.compute_grad_norm is false
+        value = math.nan if found is None else found
+        norm = torch.as_tensor(value, dtype=torch.float32, device=ring.device).reshape(())
+        return Outcome(norm, torch.full_like(norm, float(optimizer.overflow)))

@@ -1,0 +1,1 @@
+"""megatron-core's wing. Importing this imports no host."""

@@ -1,0 +1,85 @@
+"""What a method's file defines: numbers of an update, its arithmetic, and its state before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from noflush.methods.table import METHODS, Row, load
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The stage a method serves: ``stage`` s of ``stages`` P, its mean ``delay`` in updates (0 without asynchrony)."""
+
+    stage: int = 0
+    stages: int = 1
+    delay: float = 0.0
+
+
+class Fused(NamedTuple):
+    """The same rule for the Triton kernels of `kernels.fused`, which say what these functions take.
+
+    Attributes:
+        words: float32 numbers that ``coefficients`` stores.
+        coefficients, rule, factor: `triton.jit` functions; ``factor`` None where the method keeps no product.
+    """
+
+    words: int
+    coefficients: Any
+    rule: Any
+    factor: Any = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """An update rule.
+
+    Attributes:
+        name: of its row in `table.METHODS`.
+        hyper: ``hyper(group, place)``: the hyper-parameters of a parameter group now, a NamedTuple of floats (what the
+            device reads, in float64). Those that depend on the stage alone are worked out in it.
+        coefficients: ``coefficients(hyper, step, product, gradient)``: the numbers of update ``step`` (from 1), a
+            NamedTuple of floats whose first is the factor of every gradient, handed in (unscale times clip).
+        rule: the arithmetic, in place. Of unit ``element``: ``rule(gradient, weights, target, state, c, master, zero,
+            seed, first)`` over tensors of one shape, as `elementwise` explains. Of unit ``matrix``:
+            ``rule(gradients, weights, targets, states, c, master, zero, seed)``, lists of whole tensors in their
+            shapes, and of a tuple of state tensors each.
+        factor: ``factor(hyper, step)``: what the running product is multiplied by at update ``step``; None: none is
+            kept.
+        fresh: ``fresh(p)``: the state of a tensor of weights before its first update, where that is not zeros.
+        state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
+        fused: the rule for Triton, where the row says that there is one.
+    """
+
+    name: str
+    hyper: Callable[[Mapping[str, Any], Place], Any]
+    coefficients: Callable[[Any, Any, Any, Any], Any]
+    rule: Callable[..., None]
+    factor: Callable[[Any, float], float] | None = None
+    fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    state_shape: Callable[[str, Shape], Shape] | None = None
+    fused: Fused | None = None
+
+    @property
+    def row(self) -> Row:
+        """What the table says."""
+        return METHODS[self.name]
+
+    def new_state(self, p: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """State of weights ``p`` before their first update, in their shape; zeros are of ``dtype`` (None: theirs)."""
+        if self.fresh is not None:
+            return self.fresh(p)
+        shape_of = self.state_shape or (lambda name, shape: shape)
+        return tuple(p.new_zeros(shape_of(name, tuple(p.shape)), dtype=dtype or p.dtype) for name in self.row.state)
+
+
+def method_of(name: str) -> Method:
+    """The method of a name in the table. Raises KeyError for any other."""
+    return load(name).METHOD

@@ -1,0 +1,343 @@
+"""The torch optimizer over a method: hyper-parameters, state, and steps over flat tensors. No host.
+
+`step` updates parameter by parameter, as any torch optimizer. `flatten` says that parameters lie one after the other in
+flat tensors; from then on `step_flat` updates each of those in one pass, out of place if need be. A parameter group may
+name another method than the optimizer's own (key ``method``), whose row then gives its defaults. A stage's delay, in
+updates, reaches the methods through `set_stage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from noflush.methods.flat import Flat, FlatGroup, Kernel, Outcome, Piece
+from noflush.methods.method import Method, Place, method_of
+from noflush.methods.table import METHODS
+
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
+"""State that is zero before the first update, in torch's optimizers too."""
+
+
+@dataclass
+class _FlatState:
+    """A flat group's state, of which every parameter's entry in ``Optimizer.state`` is a view.
+
+    ``state_pieces`` says of a method of matrices where each one's state lies; of elements it lies as they do.
+    """
+
+    where: FlatGroup
+    method: Method
+    tensors: tuple[Tensor, ...]
+    clock: Tensor
+    state_pieces: tuple[tuple[Piece, ...], ...]
+
+    def views(self, index: int) -> list[Tensor]:
+        """State of parameter ``index`` of the group."""
+        if not self.state_pieces:
+            piece = Piece(self.where.offsets[index], tuple(self.where.params[index].shape))
+            return [piece.of(t) for t in self.tensors]
+        if self.where.by_parameter:
+            return [piece.of(t) for piece, t in zip(self.state_pieces[index], self.tensors, strict=True)]
+        return list(self.tensors)  # of a shard of many
+
+    def start(self, index: int) -> None:
+        """Fills in the state of parameter ``index`` as it is before the first update."""
+        p = self.where.params[index]
+        if not self.state_pieces or self.where.by_parameter:
+            for view, value in zip(self.views(index), self.method.new_state(p), strict=True):
+                view.copy_(value)
+            return
+        assert self.where.pieces is not None
+        for piece, places in zip(self.where.pieces, self.state_pieces, strict=True):
+            for t, place, value in zip(self.tensors, places, self.method.new_state(piece.of(p)), strict=True):
+                place.of(t).copy_(value)
+
+
+@cache
+def running_product(method: Method, hyper: Any, steps: int) -> Tensor:
+    """The product of the method's factors over so many updates, multiplied one by one as these do: 0-dim float32."""
+    product = torch.ones(())
+    for step in range(1, steps + 1):
+        before = product.item()
+        product *= 1.0 if method.factor is None else method.factor(hyper, float(step))
+        if product == before:  # too small for float32 to fall further, as factors only grow
+            break
+    return product
+
+
+class DelayAwareOptimizer(Optimizer):
+    """An optimizer of noflush's: a method, and the stage that it serves.
+
+    Args:
+        params: parameters or groups; a group's key ``method`` names another method for it.
+        given: hyper-parameters of the method; its row in `table.METHODS` has their defaults and ranges.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: a parameter that the method does not have.
+    """
+
+    METHOD: ClassVar[Method]
+
+    def __init__(self, params: Iterable[Any], **given: Any) -> None:
+        row = self.METHOD.row
+        unknown = [name for name in given if name not in row.params]
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]}: it has {', '.join(row.params)}")
+        self._check(self.METHOD, given)
+        self.place = Place()
+        self._flat: list[_FlatState] = []
+        self._clocks: Tensor | None = None
+        super().__init__(params, {**row.values(given), **row.fixed})
+
+    def _check(self, method: Method, given: Mapping[str, Any]) -> None:
+        known = {name: value for name, value in given.items() if name in method.row.params}
+        if faults := method.row.faults(known):
+            raise ValueError(f"{method.name}: {'; '.join(faults)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group of another method takes what it leaves out from that method's row.
+
+        Raises ValueError for a value outside its range, or a method that is none of noflush's.
+        """
+        name = param_group.get("method", self.METHOD.name)
+        if name not in METHODS:
+            raise ValueError(f"a parameter group's method is {name!r}: it must be one of {', '.join(METHODS)}")
+        if name != self.METHOD.name:
+            row = METHODS[name]
+            shared = {key: value for key, value in self.defaults.items() if key in ("lr", "weight_decay")}
+            param_group = {**row.values({**shared, **param_group}), **row.fixed, **param_group}
+            self._check(method_of(name), param_group)
+        else:
+            self._check(self.METHOD, {**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def method_of_group(self, group: Mapping[str, Any]) -> Method:
+        """What updates the parameters of ``group``."""
+        name = group.get("method", self.METHOD.name)
+        return self.METHOD if name == self.METHOD.name else method_of(name)
+
+    def set_stage(self, place: Place) -> None:
+        """Tells the methods where they work."""
+        self.place = place
+
+    def forget_weights(self) -> None:
+        """Tells the methods that the weights are about to be replaced, by a checkpoint say."""
+        for flat in self._flat:
+            # Hosts copy into it what a checkpoint has, and leave it as it is where that has none.
+            flat.clock[1] = 1.0
+        for group in self.param_groups:
+            if self.method_of_group(group).fresh is not None:
+                # The drift from the old weights to the new ones is no momentum: starts from the new ones.
+                for p in group["params"]:
+                    self.state.pop(p, None)
+
+    # ---- parameter by parameter --------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update in place of every parameter that has a gradient. Raises RuntimeError after `flatten`."""
+        if self._flat:
+            raise RuntimeError(f"{type(self).__name__} keeps flat state now: its parameters are updated by step_flat")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            method = self.method_of_group(group)
+            hyper = method.hyper(group, self.place)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p, method, hyper, _dtype(group))
+        return loss
+
+    def _step_one(self, p: Tensor, method: Method, hyper: Any, dtype: torch.dtype | None) -> None:
+        assert p.grad is not None
+        self._check_parameter(p)
+        state, row = self.state[p], method.row
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state.update(zip(row.state, method.new_state(p, dtype), strict=True))
+        state["step"] += 1
+        step, product = state["step"].item(), 1.0
+        if row.product is not None:
+            assert method.factor is not None
+            before = state.get(row.product)
+            before = running_product(method, hyper, int(step) - 1) if before is None else before
+            state[row.product] = before * method.factor(hyper, step)
+            product = state[row.product].item()
+        c = method.coefficients(hyper, step, product, 1.0)
+        tensors = tuple(state[name] for name in row.state)
+        if row.unit == "element":
+            method.rule(p.grad, p, p, tensors, c, False, False, int(step))
+        else:
+            method.rule([p.grad], [p], [p], [tensors], c, False, False, int(step))
+
+    def _check_parameter(self, p: Tensor) -> None:
+        name = type(self).__name__
+        if p.grad is not None and p.grad.is_sparse:
+            raise RuntimeError(f"{name} does not take sparse gradients; use dense embeddings")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise RuntimeError(
+                f"{name} got a parameter of {p.dtype}: it updates float32 weights. Enable bf16 or fp16 in the "
+                "DeepSpeed config, which keeps float32 master weights, in place of converting the module"
+            )
+
+    # ---- flat ---------------------------------------------------------------------------------------------
+
+    def flatten(self, groups: Sequence[FlatGroup], kernel: Kernel) -> None:
+        """Keeps state in flat tensors laid out as ``groups`` say; state there is already is carried over.
+
+        The parameters' dtype is float32; gradients and targets of other dtypes are `step_flat`'s business.
+        Raises RuntimeError for another dtype, or a matrix that a method sees whole and a shard cuts in two.
+        """
+        for p in (p for where in groups for p in where.params):
+            self._check_parameter(p)
+            if p.dtype != torch.float32:
+                raise RuntimeError(f"{type(self).__name__} got a parameter of {p.dtype}: under noflush it is float32")
+        device = groups[0].params[0].device if groups else torch.device("cpu")
+        self._clocks = torch.zeros((len(groups), 2), device=kernel.clock_device(device))
+        self._clocks[:, 1] = 1.0
+        self._flat = [self._flat_state(where, clock) for where, clock in zip(groups, self._clocks, strict=True)]
+        self.adopt_state()
+
+    def _flat_state(self, where: FlatGroup, clock: Tensor) -> _FlatState:
+        group = self.param_groups[where.group]
+        method, dtype = self.method_of_group(group), _dtype(group)
+        like = where.params[0].detach()
+        if method.row.unit == "element":
+            tensors = tuple(t.zero_() for t in method.new_state(like.new_zeros(where.numel), dtype))
+            return _FlatState(where, method, tensors, clock, ())
+        if where.pieces is None:
+            raise RuntimeError(f"{method.name} sees whole matrices, and a shard of them is cut by elements")
+        if not where.pieces:  # a shard that got no matrix
+            return _FlatState(where, method, tuple(like.new_zeros(where.numel) for _ in method.row.state), clock, ())
+        kinds = [method.new_state(like.new_zeros(piece.shape), dtype) for piece in where.pieces]
+        flats, places = [], []
+        for of_name in zip(*kinds, strict=True):
+            offset, found = 0, []
+            for kind in of_name:
+                found.append(Piece(offset, tuple(kind.shape)))
+                offset += kind.numel()
+            if [piece.shape for piece in found] == [piece.shape for piece in where.pieces]:
+                found, offset = list(where.pieces), where.numel  # as the weights lie, which hosts can read
+            flats.append(like.new_zeros(offset, dtype=of_name[0].dtype))
+            places.append(found)
+        return _FlatState(where, method, tuple(flats), clock, tuple(zip(*places, strict=True)))
+
+    def adopt_state(self) -> None:
+        """Moves what `state` holds into the flat tensors, and makes `state` views of them.
+
+        For after `state` or the parameters were replaced: without any, it starts from the parameters as they are. A
+        running product, which no other optimizer has and tools that rewrite checkpoints drop, is worked out.
+
+        Raises ValueError if some of a parameter's state is there and the rest is not.
+        """
+        for flat in self._flat:
+            row = flat.method.row
+            hyper = flat.method.hyper(self.param_groups[flat.where.group], self.place)
+            for index, p in enumerate(flat.where.params):
+                state, views = self.state[p], flat.views(index)
+                self._check_whole(state, flat.method)
+                if state:
+                    for view, name in zip(views, row.state, strict=True):
+                        view.copy_(state[name])
+                else:
+                    flat.start(index)
+                self.state[p] = {"step": flat.clock[0]}
+                flat.clock[0] = state.get("step", 0.0)
+                if row.product is not None:
+                    flat.clock[1] = state.get(row.product, 1.0)
+                    if flat.clock[0] and flat.clock[1] == 1.0:  # every factor is below one
+                        flat.clock[1] = running_product(flat.method, hyper, int(flat.clock[0]))
+                    self.state[p][row.product] = flat.clock[1]
+                self.state[p].update(zip(row.state, views, strict=True))
+
+    def _check_whole(self, state: Mapping[str, Any], method: Method) -> None:
+        missing = sorted({"step", *method.row.state} - state.keys())
+        if "step" in state and not state["step"] and any(state[k].any() for k in _MOMENTS & state.keys()):
+            missing.append("a step above 0")
+        if state and missing:
+            raise ValueError(
+                f"the optimizer's state has {', '.join(sorted(state))} and lacks {', '.join(missing)}, which "
+                f"{method.name} cannot go on without: it is another optimizer's, or a tool that rewrote the "
+                "checkpoint has dropped it. Load the checkpoint that was saved, or its weights alone "
+                "(load_module_only=True)"
+            )
+
+    @torch.no_grad()
+    def step_flat(
+        self,
+        kernel: Kernel,
+        gradients: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        master: bool,
+        norm: Tensor,
+        max_norm: float = 0.0,
+        scale: Tensor | float = 1.0,
+    ) -> Outcome:
+        """One update of every flat group, in the order of `flatten`; clears the gradients.
+
+        Args:
+            kernel: that `flatten` was told of.
+            gradients: flat, of any floating dtype, scaled by ``scale``.
+            weights: flat float32.
+            targets: flat; the next weight version.
+            master: whether the weights are kept apart from the model's, and so updated in place; else only read.
+            norm: of all gradients, all shards', still scaled: 0-dim float32.
+            max_norm: clips the unscaled norm to so much; 0 clips nothing.
+            scale: the loss scale.
+
+        A norm that is not finite skips the update: state and weights stay, and the targets get the same weights.
+        """
+        flats = [
+            Flat(
+                flat.method,
+                *(g, w, t, flat.tensors, flat.clock),
+                flat.method.hyper(self.param_groups[flat.where.group], self.place),
+                master,
+                flat.where.pieces or (),
+                flat.state_pieces,
+            )
+            for g, w, t, flat in zip(gradients, weights, targets, self._flat, strict=True)
+        ]
+        return kernel.update(flats, norm, max_norm, scale)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the groups of torch's own NAdam or AdamW too: what they do not name keeps this rule's default.
+
+        Raises ValueError if they ask for what this rule does not do.
+        """
+        super().__setstate__(state)
+        for group in self.param_groups:
+            row = self.method_of_group(group).row
+            for key, value in {**row.values({}), **row.fixed}.items():
+                group.setdefault(key, self.defaults.get(key, value))
+            if group.get("amsgrad") or group.get("maximize"):
+                raise ValueError(f"{type(self).__name__} takes no state of an optimizer with amsgrad or maximize")
+            if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
+                raise ValueError(
+                    f"the state is of an optimizer whose weight_decay {group['weight_decay']} goes into the gradient; "
+                    f"{type(self).__name__} shrinks the weights themselves: set weight_decay to 0 in it, or start anew"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; flat state takes the loaded values over."""
+        super().load_state_dict(state_dict)
+        self.adopt_state()
+
+
+def _dtype(group: Mapping[str, Any]) -> torch.dtype | None:
+    return torch.bfloat16 if group.get("moments") == "bf16" else None

@@ -1,0 +1,1 @@
+"""One pipeline stage at work, over torch.distributed. No host."""

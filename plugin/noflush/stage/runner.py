@@ -1,0 +1,263 @@
+"""Executes one stage's schedule: which weights, which message, which buffer, for every action in order.
+
+Decides nothing: order and versions come from `schedule`, storage from `versions`, transport from `channels`,
+and the host's own forward, backward and update from a `StageWork`. One micro-batch of a middle stage::
+
+    (1) RA  wait for the activation of m           (4) RG  wait for the gradient of m - L
+    (2) F   bind its version, run forward          (5) B   bind that forward's version, check, run backward
+    (3) SA  send the output on                     (6) SG  send the input's gradient back
+                                                   (7) U   after every K-th backward: the next version
+
+and between them, where `posting` says so, the receives are posted (PA, PG).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from noflush.order.posting import Posting, call_order, drain_order
+from noflush.order.schedule import POSTS, Action, Op, Schedule
+from noflush.stage.channels import Neighbours
+from noflush.stage.payloads import Payload, PayloadSpec, TensorSpec, check_outputs
+from noflush.stage.versions import WeightRing
+from noflush.watch.trace import Recorder
+
+
+class StageWork(Protocol):
+    """What a host does for a stage. ``buffer`` numbers a place for one micro-batch in flight."""
+
+    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+        """Loads what the stage reads from data, runs forward; returns the outputs."""
+
+    def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """Backpropagates ``gradients`` of the differentiable outputs (None at the last stage: its loss)."""
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """Gradients of the differentiable inputs; frees the buffer."""
+
+    def run_update(self) -> None:
+        """Reduces, clips, makes the next weight version and clears the gradients."""
+
+    def make_report(self, received: Tensor | None) -> Tensor:
+        """What goes to the previous stage with a batch's last gradient; ``received`` came from the next one."""
+
+
+class StageRunner:
+    """One stage at work.
+
+    Args:
+        schedule, stage: what to do.
+        ring: the stage's weight versions.
+        neighbours: its channels.
+        work: the host's side.
+        recorder: where events go.
+        report: spec of the report tensor that travels up with the last gradient of every batch.
+        posting: when receives are posted.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        stage: int,
+        ring: WeightRing,
+        neighbours: Neighbours,
+        work: StageWork,
+        recorder: Recorder,
+        report: TensorSpec,
+        posting: Posting,
+    ) -> None:
+        self.schedule = schedule
+        self.stage = stage
+        self.ring = ring
+        self.neighbours = neighbours
+        self.recorder = recorder
+        self.calls = 0
+        self.first_micro_batch = 0
+        self.first_version = ring.newest
+        self.batches_finished = 0
+        self._work = work
+        self._report_spec = report
+        self._posting = posting
+        self._outgoing: PayloadSpec | None = None
+        self._incoming: PayloadSpec | None = None
+        self._first_message = 0
+        self._received: Payload | None = None
+        self._to_send: Payload | None = None
+        self._gradients: list[Tensor] | None = None
+        self._report: Tensor | None = None
+        self._do = {
+            Op.FORWARD: self._forward,
+            Op.BACKWARD: self._backward,
+            Op.UPDATE: self._update,
+            Op.SEND_ACTIVATION: self._send_activation,
+            Op.RECV_ACTIVATION: self._recv_activation,
+            Op.SEND_GRAD: self._send_grad,
+            Op.RECV_GRAD: self._recv_grad,
+            Op.POST_ACTIVATION: self._post_activation,
+            Op.POST_GRAD: self._post_grad,
+        }
+
+    @property
+    def updates(self) -> int:
+        """Updates this stage has made, over all segments."""
+        return self.ring.newest
+
+    def run_call(self) -> None:
+        """Runs the actions of one `train_batch` call; user code then sees the newest weights."""
+        self._run(call_order(self.schedule, self._posting, self.stage, self.calls))
+        self.calls += 1
+
+    @property
+    def next_message(self) -> int:
+        """Number of the activation message with which the next call starts."""
+        return self._message(self.calls * self.schedule.gas)
+
+    def drain(self) -> None:
+        """Finishes every micro-batch in flight; a new segment starts with the next call."""
+        self._run(drain_order(self.schedule, self._posting, self.stage, self.calls))
+        finished = self.calls * self.schedule.gas
+        self._first_message += finished
+        self.restart(self.first_micro_batch + finished)
+
+    def restart(self, first_micro_batch: int) -> None:
+        """Numbers the next segment from ``first_micro_batch`` and the newest version; nothing may be in flight."""
+        self.calls = 0
+        self.first_micro_batch = first_micro_batch
+        self.first_version = self.ring.newest
+        self.batches_finished = first_micro_batch // self.schedule.gas
+
+    def _run(self, order: Sequence[Action]) -> None:
+        for action in order:
+            if action.op in POSTS:  # no time worth an event
+                self._do[action.op](action.index)
+                continue
+            begun = self.recorder.begin(action.op)
+            self._do[action.op](action.index)
+            first = self.first_version if action.op is Op.UPDATE else self.first_micro_batch
+            self.recorder.end(action.op, first + action.index, begun)
+        self.ring.bind_newest()
+
+    def _global(self, m: int) -> int:
+        return self.first_micro_batch + m
+
+    def _buffer(self, m: int) -> int:
+        return m % self.schedule.in_flight(self.stage)
+
+    def _message(self, m: int) -> int:
+        # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
+        return self._first_message + m
+
+    def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
+        assert self._outgoing is not None
+        gradients = self._outgoing.gradients()
+        return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
+
+    def _ends_batch(self, m: int) -> bool:
+        return (m + 1) % self.schedule.gas == 0
+
+    def _reports(self, m: int, gradients: Sequence[object]) -> bool:
+        """Whether a report goes with the gradients of ``m``: with a batch's last, and where there are none at all.
+
+        A message of nothing would not say that its activation has been taken.
+        """
+        return self._ends_batch(m) or not gradients
+
+    def _post_activation(self, m: int) -> None:
+        inbox, control = self.neighbours.activations_in, self.neighbours.control_in
+        assert inbox is not None
+        assert control is not None
+        if self._incoming is None:
+            self._incoming = PayloadSpec.from_words(control.take())
+        while inbox.next_to_post <= self._message(m):
+            inbox.post(self._incoming.tensors)
+
+    def _post_grad(self, m: int) -> None:
+        inbox = self.neighbours.gradients_in
+        assert inbox is not None
+        while inbox.next_to_post <= self._message(m):
+            inbox.post(self._gradient_specs(inbox.next_to_post - self._first_message))
+
+    def _recv_activation(self, m: int) -> None:  # (1)
+        inbox = self.neighbours.activations_in
+        assert inbox is not None
+        assert self._incoming is not None
+        tensors = inbox.take(self._message(m))
+        for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
+            tensor.requires_grad_(spec.differentiable)
+        self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
+        if self.neighbours.gradients_out is not None:
+            # The stage above had run B(m - lag - 1) when it sent this, so that gradient has arrived there.
+            above = self.schedule.lag_in_call(self.stage - 1)
+            self.neighbours.gradients_out.retire(self._message(m) - above - 1)
+
+    def _forward(self, m: int) -> None:  # (2)
+        self.ring.tag(self._global(m), self.first_version + self.schedule.version(self.stage, m))
+        outputs = self._work.run_forward(self._buffer(m), self._received)
+        self._received = None
+        if self.neighbours.activations_out is not None:
+            self._agree_on_shapes(m, outputs)
+            self._to_send = outputs
+
+    def _agree_on_shapes(self, m: int, outputs: Payload) -> None:
+        check_outputs(outputs, self.stage)
+        spec = PayloadSpec.of(outputs)
+        if self._outgoing is None:
+            assert self.neighbours.control_out is not None
+            self._outgoing = spec
+            self.neighbours.control_out.send(spec.to_words(), before=self._message(m))
+        elif spec != self._outgoing:
+            raise ValueError(
+                f"stage {self.stage} made {spec} of micro-batch {self._global(m)}, but {self._outgoing} was agreed "
+                "with the first one: every micro-batch must have one shape; drop the last partial batch "
+                "(drop_last=True) or pad"
+            )
+
+    def _send_activation(self, m: int) -> None:  # (3)
+        outbox, payload = self.neighbours.activations_out, self._to_send
+        assert outbox is not None
+        assert payload is not None
+        outbox.send(self._message(m), payload if isinstance(payload, tuple) else (payload,))
+        self._to_send = None
+
+    def _recv_grad(self, m: int) -> None:  # (4)
+        inbox = self.neighbours.gradients_in
+        assert inbox is not None
+        assert self._outgoing is not None
+        tensors, count = inbox.take(self._message(m)), len(self._outgoing.gradients())
+        self._gradients = tensors[:count]
+        if self._ends_batch(m):
+            (self._report,) = tensors[count:]
+        # A gradient of m proves that the stage below has read the activation of m, and the calls before.
+        assert self.neighbours.activations_out is not None
+        assert self.neighbours.control_out is not None
+        self.neighbours.activations_out.retire(self._message(m))
+        self.neighbours.control_out.retire(self._message(m))
+
+    def _backward(self, m: int) -> None:  # (5)
+        self.ring.bind_for_backward(self._global(m))
+        self.ring.check(self._global(m))
+        self._work.run_backward(self._buffer(m), self._gradients)
+        self._gradients = None
+        self.ring.release(self._global(m))
+        if self._ends_batch(m):
+            self._report = self._work.make_report(self._report)
+            self.batches_finished += 1
+
+    def _send_grad(self, m: int) -> None:  # (6)
+        outbox = self.neighbours.gradients_out
+        assert outbox is not None
+        gradients = self._work.input_gradients(self._buffer(m))
+        if self._ends_batch(m):
+            assert self._report is not None
+            gradients = [*gradients, self._report]
+        elif self._reports(m, gradients):
+            gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
+        outbox.send(self._message(m), gradients)
+
+    def _update(self, update: int) -> None:  # (7)
+        self._work.run_update()
+        self._report = None

@@ -1,0 +1,138 @@
+"""One optimizer update of a stage, from its gradients to its next weight version.
+
+`FusedUpdate`: a method of noflush's, whose kernel reads flat gradients and masters and writes the next version into its
+slot in the same pass. `TorchUpdate`: any other torch optimizer, in float32. Both skip an update whose gradient norm is
+not finite; the version number still moves on, with the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noflush.kernels.norm import gradient_norm
+from noflush.methods.flat import Kernel, Outcome
+from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.stage.slices import Slices, counted_regions
+from noflush.stage.versions import WeightRing
+from noflush.stage.weights import Weights, gather_weights, reduce_gradients
+
+
+class StageUpdate(Protocol):
+    """What a stage calls after every K-th backward."""
+
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them."""
+
+
+class FusedUpdate:
+    """By a rule of noflush's and one of its kernels.
+
+    Args:
+        weights: the stage's weights.
+        kernel: computes norm and update.
+        max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
+        wire: dtype of the gradient reduction between replicas.
+        predivide: what gradients are divided by before that reduction; the rest of the mean is taken after it.
+    """
+
+    def __init__(self, weights: Weights, kernel: Kernel, max_norm: float, wire: torch.dtype, predivide: float) -> None:
+        assert isinstance(weights.rule, DelayAwareOptimizer)
+        self._weights = weights
+        self._rule = weights.rule
+        self._kernel = kernel
+        self._max_norm = max_norm
+        self._wire = wire
+        self._replicas = dist.get_world_size(weights.replicas)
+        self._predivide = predivide
+        self._first = True
+        weights.take_over()
+        self._rule.flatten(weights.flat_groups(), kernel)
+        self._shards: list[Tensor] | None = None
+        shard = None
+        if weights.sharded:
+            self._shards = [torch.zeros_like(s) for s in weights.shards(weights.collect_gradients())]
+            shard = dist.get_rank(weights.replicas)
+        self._counted = counted_regions(weights.layouts, weights.slices, shard, self._replicas)
+        self.tuned = kernel.tune(self._shards or weights.collect_gradients())
+
+    @torch.no_grad()
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`; waits for nothing but the replicas."""
+        weights = self._weights
+        newest = ring.newest_flats
+        gradients = weights.collect_gradients()
+        if self._replicas > 1:
+            if self._predivide != 1:
+                torch._foreach_div_(gradients, self._predivide)
+            gradients = reduce_gradients(gradients, self._shards, weights.replicas, self._wire)
+            scale = scale * (self._replicas / self._predivide)
+        norm = self._norm(gradients, ring.device)
+        following = ring.begin_update()
+        outcome = self._rule.step_flat(
+            self._kernel,
+            gradients,
+            weights.masters(newest),
+            weights.shards(following),
+            weights.has_masters,
+            norm,
+            self._max_norm,
+            scale,
+        )
+        weights.clear_gradients()
+        if weights.sharded:
+            gather_weights(following, weights.shards(following), weights.replicas)
+        weights.point_at(following)
+        ring.commit_update()
+        if self._first:
+            weights.after_first_update()
+            self._first = False
+        return outcome
+
+    def _norm(self, gradients: list[Tensor], device: torch.device) -> Tensor:
+        slices = self._weights.slices
+        if slices.size > 1:
+            gradients = [gradients[r.flat].narrow(0, r.start, r.length) for r in self._counted]
+        elif not self._weights.sharded and self._kernel.name != "triton":
+            # Parameter by parameter where that costs nothing: bit for bit torch's own clipping.
+            gradients = self._weights.gradient_views()
+        norm = self._kernel.norm(gradients).to(device)  # of no tensor at all it lies on the CPU
+        if self._weights.sharded:
+            norm = Slices(self._weights.replicas, size=self._replicas).add_up(norm)
+        return slices.add_up(norm)
+
+
+class TorchUpdate:
+    """By any torch optimizer, which steps in the next version's slot; float32.
+
+    Args:
+        weights: the stage's weights.
+        max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
+        reduce: makes every parameter's gradient the replicas' mean; None where there are none.
+    """
+
+    def __init__(self, weights: Weights, max_norm: float, reduce: Callable[[], None] | None) -> None:
+        self._weights = weights
+        self._max_norm = max_norm
+        self._reduce = reduce
+
+    @torch.no_grad()
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`; reads the norm."""
+        if self._reduce is not None:
+            self._reduce()
+        parameters, slices = [p for p in ring.params if p.grad is not None], self._weights.slices
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None and slices.counts(p)])
+        norm = slices.add_up(norm.to(ring.device))
+        finite = math.isfinite(norm.item())
+        if finite and self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+        ring.update_in_place(self._weights.rule, skip=not finite)
+        for p in ring.params:
+            p.grad = None
+        return Outcome(norm, torch.full_like(norm, 0.0 if finite else 1.0))
