@@ -26,7 +26,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from noflush.demo.port import held_port
 from noflush.demo.text import documents
-from noflush.order.schedule import Op, Schedule
+from noflush.order.actions import Op
+from noflush.order.schedule import Schedule
 from noflush.order.timing import Cost, play
 from noflush.watch import trace
 from noflush.watch.timeline import draw_timeline

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from noflush.stage.skips import LateReader
+from noflush.stage.late_reader import LateReader
 
 
 class LateLines:

@@ -30,7 +30,6 @@ from noflush.launch.training.progress import (
     floating_point_operations,
     log_line,
     norm_over,
-    skipped_between,
 )
 from noflush.launch.training.stop import Stop
 from noflush.launch.training.writers import Writers, chosen
@@ -76,6 +75,7 @@ class Training:
         self._losses: list[torch.Tensor] = []
         self._lines = LateLines()
         self._figures: Sequence[Any] = ()
+        self._skipped = 0
         self._spent = 0.0
         self._logged_at = position.consumed
         self._saved_at: int | None = position.iteration or None
@@ -192,6 +192,7 @@ class Training:
 
     def _log_start(self) -> None:
         self._figures = getattr(self.engine, "figures", ())
+        self._skipped = getattr(self.engine, "skipped_batches", 0)
 
     def _log(self, size: int) -> None:
         losses, self._losses = self._losses, []
@@ -201,6 +202,7 @@ class Training:
             return
         count, position, settings = len(losses), self.position, self.settings
         figures = getattr(self.engine, "figures", ())
+        skipped = getattr(self.engine, "skipped_batches", 0)
         operations = floating_point_operations(
             settings.model.layers, settings.model.hidden, settings.model.sequence, self._parameters
         )
@@ -213,13 +215,13 @@ class Training:
             loss=math.nan,
             scale=_scale(self.engine),
             norm=norm_over(figures),
-            skipped=skipped_between(self._figures, figures),
+            skipped=skipped - self._skipped,
             nans=0,
             bubble=bubble_between(self._figures, figures) if figures else None,
             delay=schedule.max_delay(0) if schedule else 0,
             teraflops=operations * samples / spent / 1e12 / settings.ranks.world if settings.logs.throughput else None,
         )
-        self._figures = figures
+        self._figures, self._skipped = figures, skipped
         line = partial(self._say, dataclasses.replace(position), interval, datetime.now())
         self._lines.put(position.iteration, losses, line)
 

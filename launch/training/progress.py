@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from noflush.launch.arguments.progress import Position
-from noflush.stage.figures import StageFigures
+from noflush.stage.messages import StageFigures
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Interval:
         seconds: an iteration took on average.
         loss: mean over the finite ones; nan if there were none.
         norm: gradient norm over all stages, of their newest updates that were read; None before any.
-        skipped, nans: updates skipped by the stage that skipped most; iterations whose loss was not finite.
+        skipped, nans: batches that some stage skipped, which one overflow may make several; iterations whose loss was
+            not finite.
         bubble: share of the time in which stages did not compute, over all of them; None where nobody measures it.
         delay: of the first stage, in updates.
     """
@@ -67,16 +68,10 @@ def log_line(position: Position, iterations: int, interval: Interval, now: datet
 def bubble_between(before: Sequence[StageFigures], now: Sequence[StageFigures]) -> float | None:
     """Share of the stages' time in `train_batch` without compute, between two sets of their figures."""
     if not before:
-        before = [StageFigures(math.nan, 0, 0, 0)] * len(now)
+        before = [StageFigures(math.nan, 0, 0)] * len(now)
     spent = sum(b.spent_ns - a.spent_ns for a, b in zip(before, now, strict=True))
     busy = sum(b.busy_ns - a.busy_ns for a, b in zip(before, now, strict=True))
     return 1 - busy / spent if spent > 0 else None
-
-
-def skipped_between(before: Sequence[StageFigures], now: Sequence[StageFigures]) -> int:
-    """Updates skipped between two sets of figures by the stage that skipped most: one overflow may cost several."""
-    counts = [stage.skipped for stage in before] or [0] * len(now)
-    return max((b.skipped - a for a, b in zip(counts, now, strict=True)), default=0)
 
 
 def norm_over(stages: Sequence[StageFigures]) -> float | None:

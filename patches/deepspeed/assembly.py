@@ -1,126 +1,113 @@
-"""Puts an engine's parts together: what DeepSpeed's engine knows, handed to parts that know nothing of it."""
+"""Makes an engine's stage: what DeepSpeed's engine knows, handed to parts that know nothing of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from noflush.config import AsyncPipelineConfig, ConfigError
-from noflush.failure import last_words
 from noflush.kernels.choice import choose
-from noflush.methods.method import Place
+from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
-from noflush.order.posting import Posting
 from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed.update import WrappedUpdate
-from noflush.stage.channels import Neighbours, connect
-from noflush.stage.groups import without_splits
-from noflush.stage.intake import Intake
-from noflush.stage.payloads import TensorSpec
-from noflush.stage.peer_watch import PeerWatch
-from noflush.stage.prefetch import Prefetch
-from noflush.stage.runner import StageRunner
+from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
+from noflush.patches.deepspeed.weights import weights_of
+from noflush.stage.messages import Payload
+from noflush.stage.ranks import Ranks
+from noflush.stage.slices import Slices
+from noflush.stage.stage import Stage, StageOptions
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
-from noflush.stage.versions import WeightRing
 from noflush.stage.weights import PlainWeights, Weights
-from noflush.watch.trace import Recorder
 
 
-def posting_of(backend: str) -> Posting:
-    """When receives are posted over torch.distributed's ``backend``."""
-    return "ahead" if backend == "gloo" else "in_step"
+class EngineWork:
+    """A `stage.Work` that hands everything on to the engine, whose names are free of DeepSpeed's own."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def pull(self) -> Any:
+        """As `Work.pull`."""
+        return self._engine.pull()
+
+    def forward(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
+        """As `Work.forward`."""
+        outputs: Payload = self._engine.forward_micro_batch(buffer, received, batch)
+        return outputs
+
+    def backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """As `Work.backward`."""
+        self._engine.backward_micro_batch(buffer, gradients)
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """As `Work.input_gradients`."""
+        gradients: list[Tensor] = self._engine.input_gradients(buffer)
+        return gradients
+
+    def batch_losses(self) -> Tensor:
+        """As `Work.batch_losses`."""
+        losses: Tensor = self._engine.mean_losses()
+        return losses
+
+    def updated(self, outcome: Outcome) -> None:
+        """As `Work.updated`."""
+        self._engine.updated(outcome)
+
+    def heard(self, step: int, report: Tensor) -> None:
+        """As `Work.heard`."""
+        self._engine.heard(step, report)
+
+    def save_stopped(self, folder: str, tag: str) -> None:
+        """As `Work.save_stopped`."""
+        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
 
 
-def make_runner(
-    engine: Any,
-    block: AsyncPipelineConfig,
-    schedule: Schedule,
-    weights: Weights,
-    recorder: Recorder,
-    report_words: int,
-) -> StageRunner:
-    """The stage's runner, with its weight ring and its channels."""
-    # What no optimizer updates has one version for ever, and stays where it is.
-    stash = schedule.weights != "latest"
+def make_stage(
+    engine: Any, block: AsyncPipelineConfig, schedule: Schedule, slices: Slices, losses: int
+) -> tuple[Stage, str]:
+    """The stage of a constructed ``engine``, and a line about how it updates.
+
+    Args:
+        slices: over which ranks gradient norms are taken.
+        losses: how many a batch has.
+
+    Raises:
+        KernelError, ConfigError: a kernel that is no use.
+        ScheduleError: the schedule could deadlock.
+    """
+    weights = weights_of(engine.optimizer, engine.mpu.get_data_parallel_group(), slices)
+    update, named = _make_update(engine, block, weights)
+    pipelines = engine.grid._topo.get_axis_comm_lists("pipe")
+    ranks = Ranks(
+        pipelines if schedule.stages > 1 else [[rank] for rank in range(dist.get_world_size())],
+        engine.global_rank,
+        engine.dp_world_size,
+        engine.grid.get_pipe_parallel_group(),
+    )
+    options = StageOptions(
+        trace_dir=block.trace_dir,
+        peer_timeout_s=block.peer_timeout_s,
+        max_skipped_updates=block.max_skipped_updates,
+        stop_dir=block.stop_dir,
+        losses=losses,
+        one_norm=engine.has_one_norm,
+    )
+    scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)
-    versions = schedule.versions_alive(engine.stage_id)
-    ring = WeightRing(weights.layouts, versions, stash, home=weights.home, device=device)
-    _attend(engine)
-    neighbours = connect(
-        pipelines=engine.grid._topo.get_axis_comm_lists("pipe") if schedule.stages > 1 else [],
-        rank=engine.global_rank,
-        device=device,
-        timeout_s=block.peer_timeout_s,
-    )
-    return StageRunner(
-        schedule,
-        engine.stage_id,
-        ring,
-        neighbours,
-        work=engine,
-        recorder=recorder,
-        report=TensorSpec((report_words,), torch.float64, False),
-        posting=posting_of(dist.get_backend()),
-    )
+    return Stage(schedule, ranks, device, weights, update, EngineWork(engine), options, scaler), named
 
 
-def make_watch(neighbours: Neighbours, backend: str) -> PeerWatch:
-    """The watch over ``neighbours``, begun; nobody is watched on gloo, whose waits notice by themselves."""
-    watch = PeerWatch(() if backend == "gloo" else neighbours.watched, _mark if torch.cuda.is_available() else None)
-    watch.start()
-    return watch
+def _make_update(engine: Any, block: AsyncPipelineConfig, weights: Weights) -> tuple[StageUpdate, str]:
+    update, named = _update_of(engine, block, weights)
+    if engine.module.tied_comms:
+        update = TiedFirst(update, engine)
+    return update, named
 
 
-def _mark() -> Any:
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def _attend(engine: Any) -> None:
-    """From now on this rank leaves its reason when it ends, under the name that its stage gives it."""
-    stages = {
-        rank: stage
-        for pipeline in engine.grid._topo.get_axis_comm_lists("pipe") or [[engine.global_rank]]
-        for stage, rank in enumerate(pipeline)
-    }
-
-    def name(rank: int) -> str:
-        return f"stage {stages[rank]} (rank {rank})" if rank in stages else f"rank {rank}"
-
-    last_words.attend(engine.global_rank, dist.get_world_size(), name)
-
-
-def make_intake(engine: Any, block: AsyncPipelineConfig, pull: Callable[[], Any], neighbours: Neighbours) -> Intake:
-    """The rank's intake; ``pull`` gives DeepSpeed's next micro-batch."""
-    replicas = None
-    if engine.dp_world_size > 1:
-        readers = [pipeline[0] for pipeline in engine.grid._topo.get_axis_comm_lists("pipe")]
-        if engine.num_stages == 1:
-            readers = list(range(dist.get_world_size()))
-        with without_splits():
-            group = dist.new_group(readers, timeout=timedelta(seconds=block.peer_timeout_s), backend="gloo")
-        replicas = group if engine.is_first_stage() else None
-    reads = engine.is_first_stage() or engine.is_last_stage()
-    return Intake(
-        engine.micro_batches,
-        reads,
-        pull,
-        Prefetch(torch.device(engine.device), engine.is_first_stage(), engine.is_last_stage()),
-        neighbours.control_in,
-        neighbours.control_out,
-        replicas,
-    )
-
-
-def make_update(
-    engine: Any, block: AsyncPipelineConfig, schedule: Schedule, weights: Weights, ring: WeightRing
-) -> tuple[StageUpdate, str]:
-    """How the stage updates, and a line about it. Raises KernelError or ConfigError for a kernel that is no use."""
+def _update_of(engine: Any, block: AsyncPipelineConfig, weights: Weights) -> tuple[StageUpdate, str]:
     rule, max_norm = weights.rule, engine.gradient_clipping()
     if not isinstance(rule, DelayAwareOptimizer):
         if block.kernel in ("triton", "compile"):
@@ -132,11 +119,9 @@ def make_update(
             )
         named = f"{type(rule).__name__} through DeepSpeed"
         if isinstance(weights, PlainWeights):
-            reduce = engine._exec_reduce_grads if engine.is_data_parallel else None
-            return TorchUpdate(weights, max_norm, reduce), named
+            return TorchUpdate(weights, max_norm, engine._exec_reduce_grads if engine.is_data_parallel else None), named
         return WrappedUpdate(weights, engine), named
-    rule.set_stage(Place(engine.stage_id, engine.num_stages, schedule.mean_delay(engine.stage_id)))
-    count = sum(m.numel() for m in weights.masters(ring.newest_flats))
+    count = sum(group.numel for group in weights.flat_groups())
     kernel, reason = choose(block.kernel, torch.device(engine.device), count)
     predivide = engine.gradient_predivide_factor() if engine.postscale_gradients() else float(engine.dp_world_size)
     update = FusedUpdate(weights, kernel, max_norm, engine.communication_data_type, predivide)

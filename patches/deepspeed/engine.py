@@ -8,10 +8,8 @@ are prefixed ``_nf_``, because DeepSpeed's own class is large and free with name
 from __future__ import annotations
 
 import atexit
-import math
 import sys
-from collections import OrderedDict, deque
-from dataclasses import replace
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -21,24 +19,18 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from noflush.config import AsyncPipelineConfig
-from noflush.methods.method import Place
+from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import METHODS, load
-from noflush.order.deadlock import prove
 from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed.assembly import make_intake, make_runner, make_update, make_watch, posting_of
-from noflush.patches.deepspeed.weights import weights_of
+from noflush.patches.deepspeed.assembly import make_stage
 from noflush.stage.checkpoint import write_latest
-from noflush.stage.figures import StageFigures
-from noflush.stage.guard import UpdateGuard
-from noflush.stage.loss_scale import TravellingScale
-from noflush.stage.payloads import Payload, check_batch, check_loss
-from noflush.stage.reports import BatchReports, ReportLayout
-from noflush.stage.skips import LateReader
+from noflush.stage.late_reader import LateReader
+from noflush.stage.messages import Payload, StageFigures
+from noflush.stage.payloads import check_batch, check_loss
 from noflush.stage.slices import Slices
-from noflush.watch.device_time import DeviceTimes
+from noflush.stage.stage import Stage
 from noflush.watch.progress import progress_line
-from noflush.watch.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
 _LOSSES_KEPT = 1000
@@ -73,48 +65,33 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     total_additional_losses: Any
     micro_batches: int
     _nf_loads_shards = False
-    _nf_scale: Tensor | float | None
-    _nf_scale_owner: TravellingScale | None
+    _nf_stage: Stage
+    agg_train_loss: Tensor
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         host_config = kwargs["config_class"]
-        replicas = dist.get_world_size() // schedule.stages  # tensor-parallel slices count: they reduce alike
-        self._nf_one_norm = block.clip == "global" or any(
+        self.has_one_norm = block.clip == "global" or any(
             isinstance(spec, TiedLayerSpec) for spec in kwargs["model"]._layer_specs
         )
-        prove(schedule, posting_of(dist.get_backend()), min(replicas, 2), self._nf_one_norm)
         # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
         self._nf_breakdown = bool(host_config.wall_clock_breakdown)
         host_config.wall_clock_breakdown = False
-        self._nf_schedule = schedule
         super().__init__(*args, **kwargs)
         assert schedule.gas == self.micro_batches, (schedule, self.micro_batches)
         self._nf_evaluating = False
+        self._nf_batch: Any = None
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
-        self._nf_learnt: deque[tuple[int, Tensor]] = deque(maxlen=_LOSSES_KEPT)
         self._nf_updated = False
-        self._nf_figures: tuple[StageFigures, ...] = ()
-        self._nf_stop_requested = False
         self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
-        layout = ReportLayout(1 + len(self._nf_loss_names), schedule.stages)
-        self._nf_reports = BatchReports(layout, self.stage_id, torch.device(self.device))
-        clock = DeviceTimes() if torch.device(self.device).type == "cuda" else None
-        self._nf_recorder = Recorder(self.stage_id, self.global_rank, block.trace_dir, device=clock)
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
-        weights = self._nf_weights = weights_of(self.optimizer, self.mpu.get_data_parallel_group(), self._nf_slices())
-        runner = self._nf_runner = make_runner(self, block, schedule, weights, self._nf_recorder, layout.words)
-        self._nf_watch = make_watch(runner.neighbours, dist.get_backend())
-        self._nf_intake = make_intake(self, block, super()._next_batch, runner.neighbours)
-        self._nf_update, updated_by = make_update(self, block, schedule, weights, runner.ring)
-        self._nf_guard = UpdateGuard(block, schedule, self.stage_id, layout, self._nf_scales_dynamically())
-        self._nf_restart_scale()
-        self.agg_train_loss = torch.tensor(math.nan, device=self.device)
+        self._nf_stage, updated_by = make_stage(self, block, schedule, self._nf_slices(), 1 + len(self._nf_loss_names))
+        self.agg_train_loss = self._nf_stage.loss
         if block.trace_dir:
-            atexit.register(self._nf_recorder.write)
+            atexit.register(self._nf_stage.recorder.write)
         if self.global_rank == 0:
             _say(
                 f"noflush: {schedule.name}, weights {schedule.weights}, update by {updated_by}, "
@@ -125,7 +102,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_slices(self) -> Slices:
         grid = self.grid
         rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
-        if self._nf_one_norm:
+        if self.has_one_norm:
             # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
             return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
         return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
@@ -135,26 +112,36 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     @property
     def updates(self) -> int:
         """Optimizer updates this stage has made; behind ``global_steps`` while micro-batches are in flight."""
-        return self._nf_runner.updates
+        return self._nf_stage.updates
 
     @property
     def lag(self) -> int:
         """Micro-batches in flight at this stage between calls, once the pipeline is full."""
-        return self._nf_schedule.lag(self.stage_id)
+        return self.schedule.lag(self.stage_id)
 
     @property
     def schedule(self) -> Schedule:
         """What every stage does when, and with which delay."""
-        return self._nf_schedule
+        return self._nf_stage.schedule
 
     @property
     def figures(self) -> tuple[StageFigures, ...]:
         """Figures of this stage and all before it, as told with the newest call's header; of all at the last stage."""
-        return self._nf_figures
+        return self._nf_stage.figures
+
+    @property
+    def skipped_batches(self) -> int:
+        """Batches that some stage so far has skipped for gradients that were not finite, as heard here."""
+        return self._nf_stage.skipped_batches
+
+    @property
+    def pipeline_stage(self) -> Stage:
+        """The stage at work: its runner, weight ring, channels and recorder."""
+        return self._nf_stage
 
     def request_stop(self) -> None:
         """Asks for the run to stop; any rank may, also from a signal handler. See `stop_requested`."""
-        self._nf_reports.stop = self._nf_guard.stop_requested = True
+        self._nf_stage.request_stop()
 
     @property
     def stop_requested(self) -> bool:
@@ -162,12 +149,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
         The request travels up with the losses and comes down with a call's header, so no rank waits to learn of it.
         """
-        return self._nf_stop_requested
+        return self._nf_stage.stop_requested
 
     @property
     def loss_step(self) -> int | None:
         """The call (counted from 1, as ``global_steps``) whose loss `train_batch` last returned; None before any."""
-        return self._nf_reports.step
+        return self._nf_stage.reports.step
 
     def batch_losses(self) -> dict[int, float]:
         """Batch losses that this stage has learnt since it was last asked, by call (from 1, as ``global_steps``).
@@ -177,9 +164,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         `train_batch` returns is the newest loss known, which is late on all stages but the last, and nan until there
         is one. Waits for the device.
         """
-        learnt = {step: float(loss) for step, loss in self._nf_learnt}
-        self._nf_learnt.clear()
-        return learnt
+        return self._nf_stage.batch_losses()
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -198,45 +183,26 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
-        begun = self._nf_recorder.begin(None)
         if data_iter is not None:
             self.set_dataiterator(data_iter)
-        runner = self._nf_runner
-        if not runner.calls and runner.first_micro_batch != self.global_steps * self.micro_batches:
+        stage = self._nf_stage
+        if stage.calls != self.global_steps:
             # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
-            self._nf_renumber()
-        with self._nf_watch.on_duty():
-            self._nf_open_call()
-            self.module.train()
-            self._compute_loss = True
-            self.fwd_outputs: list[Any] = []
-            self._nf_updated = False
-            self._nf_runner.run_call()
+            stage.renumber(self.global_steps)
+        self.module.train()
+        self._compute_loss = True
+        self.fwd_outputs: list[Any] = []
+        self._nf_updated = False
+        with stage.on_duty():
+            try:
+                stage.train_batch()
+            finally:
+                self.skipped_steps = stage.skipped
             self.global_steps += 1
             self.global_samples += self._nf_samples_per_call
             self._step_applied = self._nf_updated
-            self._nf_recorder.end_call(begun)
             self._nf_after_call()
             return self.agg_train_loss.clone()
-
-    def _nf_open_call(self) -> None:
-        """Agrees with the other stages on the call, and hears what they have to tell."""
-        guard = self._nf_guard
-        notices = guard.notices(before=self.global_steps - 1)
-        self.skipped_steps = guard.skips.total
-        # Where every stage's norm is the whole pipeline's, it counts once.
-        norm = 0.0 if self._nf_one_norm and self.stage_id else guard.skips.norm
-        mine = StageFigures(norm, guard.skips.total, *self._nf_recorder.totals())
-        notices = replace(notices, figures=(mine,))
-        notices = self._nf_intake.open_call(self.global_steps, self._nf_runner.next_message, notices)
-        if notices.stopped_by is not None:
-            path, tag = guard.stop_dir(), f"stopped_global_step{self.global_steps}"
-            self.save_checkpoint(path, tag=tag, save_latest=False)
-            raise guard.error(notices.stopped_by, f"{path}/{tag}")
-        self._nf_figures, self._nf_stop_requested = notices.figures, notices.stop_requested
-        if self._nf_scale_owner is not None:
-            for batch in notices.overflows:
-                self._nf_scale_owner.hear(batch)
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight. Collective: call it on all ranks.
@@ -246,54 +212,30 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         while it drains, at each validation, and jumps afterwards; then a run's rates would depend on how often it was
         looked at.)
         """
-        with self._nf_recorder.outside_calls(), self._nf_watch.on_duty():
-            self._nf_drain()
-
-    def _nf_drain(self) -> None:
         # Recomputed forwards must see the mode of the first ones.
         was_training = self.module.training
         self.module.train()
-        self._nf_runner.drain()
+        self._nf_stage.drain()
         self.module.train(was_training)
-        if torch.device(self.device).type == "cuda":
-            # A rank that ends takes with it what its neighbours have not received yet: nobody goes on before all have.
-            torch.cuda.synchronize()
-            if self.num_stages > 1:
-                dist.barrier(group=self.grid.get_pipe_parallel_group())
-        if self.fp16_enabled():
-            self._nf_agree_on_scale()
-        else:
-            self._nf_guard.notices(before=sys.maxsize)
-        self.skipped_steps = self._nf_guard.skips.total
-        # DeepSpeed's checkpoints and its views of master weights expect the weights where it put them.
-        self._nf_runner.ring.go_home()
-        self._nf_weights.point_at(self._nf_runner.ring.newest_flats)
-        self._nf_recorder.write()
+        self.skipped_steps = self._nf_stage.skipped
         self._nf_write_events(before=sys.maxsize)
 
-    def _nf_agree_on_scale(self) -> None:
-        """On a drained pipeline: the last stage hears of every overflow, and all stages of its scaler.
+    # ---- what the stage has this engine do -----------------------------------------------------------------
 
-        So a checkpoint holds one scaler, as stock DeepSpeed expects, and a resumed run scales as this one goes on to.
-        """
-        mine = [*self._nf_guard.notices(before=sys.maxsize).overflows, *self._nf_intake.take_overflows()]
-        group, pipeline = self.grid.get_pipe_parallel_group(), self.num_stages
-        told: list[Any] = [None] * pipeline
-        dist.all_gather_object(told, mine, group=group)
-        if self._nf_scale_owner is not None:
-            for batch in sorted({batch for overflows in told for batch in overflows}):
-                self._nf_scale_owner.hear(batch)
-            self._nf_scale_owner.settle()
-        dist.all_gather_object(told, vars(self.optimizer.loss_scaler), group=group)
-        vars(self.optimizer.loss_scaler).update(told[-1])
+    def pull(self) -> Any:
+        """The next micro-batch of DeepSpeed's iterator (for the stage)."""
+        return super()._next_batch()
 
     def _next_batch(self) -> Any:
-        batch = super()._next_batch() if self._nf_evaluating else self._nf_intake.next()
+        if not self._nf_evaluating:
+            return self._nf_batch
+        batch = super()._next_batch()
         check_batch(batch, self.stage_id, self.num_stages)
         return batch
 
-    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
-        """Forward of one micro-batch (for the runner). The last stage's loss becomes ``self.loss``."""
+    def forward_micro_batch(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
+        """Forward of one micro-batch (for the stage). The last stage's loss becomes ``self.loss``."""
+        self._nf_batch = batch
         if self.is_first_stage() or self.is_last_stage():
             self._exec_load_micro_batch(buffer)
         if received is not None:
@@ -312,11 +254,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         outputs: Payload = self.pipe_buffers["outputs"][buffer]
         return outputs
 
-    def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
-        """Backward of one micro-batch (for the runner)."""
+    def backward_micro_batch(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """Backward of one micro-batch (for the stage)."""
         if gradients is None:
-            if self._nf_scale_owner is not None and self._nf_scale is None:
-                self._nf_scale = self._nf_scale_owner.begin(self._nf_runner.ring.newest)
             super()._exec_backward_pass(buffer)
         else:
             if self.using_bf16_optimizer:
@@ -339,24 +279,18 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.pipe_buffers["inputs"][buffer] = None
 
     def input_gradients(self, buffer: int) -> list[Tensor]:
-        """Gradients of a micro-batch's received tensors (for the runner); frees its buffer."""
+        """Gradients of a micro-batch's received tensors (for the stage); frees its buffer."""
         inputs = self.pipe_buffers["inputs"][buffer]
         self.pipe_buffers["inputs"][buffer] = None
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         return [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors if t.requires_grad]
 
-    def run_update(self) -> None:
-        """One optimizer update of this stage (for the runner): reduce, clip, next version, learning rate."""
-        ring = self._nf_runner.ring
-        if self.module.tied_comms:
-            self._exec_reduce_tied_grads()
-        outcome = self._nf_update.run(ring, 1.0 if self._nf_scale is None else self._nf_scale)
+    def updated(self, outcome: Outcome) -> None:
+        """An update was made (for the stage): next learning rate."""
         self._global_grad_norm = outcome.norm
-        self._nf_guard.skips.note(self.global_steps, ring.newest, outcome)
-        self._nf_scale = None
         self._nf_updated = True
         if self.global_rank == 0 and self.monitor.enabled:
-            samples = self._nf_samples_after(self._nf_runner.updates)
+            samples = self._nf_samples_after(self._nf_stage.updates)
             self._nf_events.append(("Train/Samples/lr", self.get_lr()[0], samples))
         if self.lr_scheduler is not None:
             try:
@@ -364,18 +298,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             except TypeError:  # Megatron's schedulers count samples
                 self.lr_scheduler.step(self._nf_samples_per_call)
 
-    def make_report(self, received: Tensor | None) -> Tensor:
-        """The loss of a finished batch and the stages' bubbles, on their way up (for the runner)."""
-        reports = self._nf_reports
-        if received is None:
-            received = reports.first(self._nf_batch_losses(), 1.0 if self._nf_scale is None else self._nf_scale)
-        report = reports.add(received, self._nf_runner.batches_finished + 1, self._nf_guard.skips)
-        if self.fp16_enabled():
-            self._nf_scale = report[reports.layout.scale]
-        self._nf_learn(report)
-        return report
-
-    def _nf_batch_losses(self) -> Tensor:
+    def mean_losses(self) -> Tensor:
         """Mean losses of the batch that the last stage just finished, over micro-batches and replicas: [1 + n]."""
         total, extra = self.total_loss, self.total_additional_losses or {}
         self.total_loss = self.total_additional_losses = None
@@ -386,14 +309,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             losses /= self.dp_world_size
         return losses.double()
 
-    def _nf_learn(self, report: Tensor) -> None:
+    def heard(self, step: int, report: Tensor) -> None:
+        """The losses of call ``step`` are known here (for the stage)."""
         self.agg_train_loss = report[0].float()
         if self._nf_loss_names:
             values = report[1 : 1 + len(self._nf_loss_names)].float()
             self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
-        step = self._nf_runner.batches_finished + 1
-        self._nf_learnt.append((step, self.agg_train_loss))
-        self._nf_guard.hear(self.global_steps, step, report)
         if self.global_rank == 0 and self.monitor.enabled:
             self._nf_losses.put(self.global_steps, self._nf_samples_after(step), report[:1])
 
@@ -405,13 +326,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     # ---- reports -----------------------------------------------------------------------------------------
 
     def _nf_after_call(self) -> None:
-        if self.global_steps % _CALLS_PER_TRACE_FILE == 0:
-            self._nf_recorder.write()
         every = self.steps_per_print()
         due = every is not None and self.global_steps % every == 0
         if due:
-            interval = self._nf_recorder.take_interval()
-            self._nf_reports.bubble = interval["bubble"]
+            interval = self._nf_stage.recorder.take_interval()
+            self._nf_stage.reports.bubble = interval["bubble"]
             if self.global_rank == 0:
                 self._report_progress(self.global_steps)
                 self._nf_print(interval)
@@ -426,9 +345,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             additional={k: float(v) for k, v in (self.agg_additional_losses or {}).items()},
             seconds=interval["seconds"] / self.steps_per_print(),
             samples=self._nf_samples_per_call,
-            bubbles=self._nf_reports.bubbles(),
-            skipped=self._nf_reports.skipped(self._nf_guard.skips.total),
-            scale=self._nf_reports.scale() if self.fp16_enabled() else None,
+            bubbles=self._nf_stage.reports.bubbles(),
+            skipped=self._nf_stage.reports.skipped(self._nf_stage.skipped),
+            scale=self._nf_stage.reports.scale() if self.fp16_enabled() else None,
             breakdown=interval if self._nf_breakdown else None,
         )
         _say(line)
@@ -458,7 +377,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.reset_activation_shape()
         self._nf_evaluating = True
         try:
-            with self._nf_watch.on_duty():
+            with self._nf_stage.on_duty():
                 return super().eval_batch(*args, **kwargs)
         finally:
             self._nf_evaluating = False
@@ -475,9 +394,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         never seen half-written.
         """
         self.drain()
-        self._nf_guard.saved_to = save_dir
+        self._nf_stage.guard.saved_to = save_dir
         tag = str(tag or f"global_step{self.global_steps}")
-        with self._nf_watch.on_duty():
+        with self._nf_stage.on_duty():
             result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
             dist.barrier()
         if save_latest and self.global_rank == 0:
@@ -491,7 +410,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
         """
         self.drain()
-        rule = self._nf_weights.rule
+        rule = self._nf_stage.weights.rule
         kept = dict(rule.state)
         if isinstance(rule, DelayAwareOptimizer):
             rule.forget_weights()
@@ -504,19 +423,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             rule.state.update(kept)
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
-        self._nf_renumber()
-        self._nf_intake.clear()
-        self._nf_guard.restart(self.skipped_steps)
-        self._nf_learnt.clear()
-        self.agg_train_loss = torch.tensor(math.nan, device=self.device)
+        self._nf_stage.restart(self.global_steps, self.skipped_steps)
+        self.agg_train_loss = self._nf_stage.loss
         return result
-
-    def _nf_renumber(self) -> None:
-        """Numbers versions and micro-batches from ``global_steps`` on a drained pipeline."""
-        self._nf_runner.ring.restart(self.global_steps)
-        self._nf_runner.restart(self.global_steps * self.micro_batches)
-        self._nf_restart_scale()
-        self._nf_reports.clear()
 
     def zero_optimization(self) -> bool:
         """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
@@ -543,30 +452,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"set_train_batch_size({train_batch_size}): it must be a multiple of {unit}, the micro-batch size x "
                 "data-parallel replicas"
             )
-        schedule = replace(self._nf_schedule, gas=gas)
-        prove(schedule, posting_of(dist.get_backend()), min(self.dp_world_size, 2), self._nf_one_norm)
-        self.drain()
+        self._nf_stage.change_gas(gas)
         super().set_train_batch_size(train_batch_size)
-        self._nf_schedule = self._nf_runner.schedule = schedule
         self._nf_samples_per_call = train_batch_size
-        self._nf_runner.ring.grow(schedule.versions_alive(self.stage_id))
-        self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
-        self._nf_intake.set_gas(gas)
-        self._nf_guard.follow(schedule)
-        if isinstance(self._nf_weights.rule, DelayAwareOptimizer):
-            place = Place(self.stage_id, self.num_stages, schedule.mean_delay(self.stage_id))
-            self._nf_weights.rule.set_stage(place)
-        self._nf_renumber()
-
-    def _nf_scales_dynamically(self) -> bool:
-        return bool(self.fp16_enabled() and self.optimizer.dynamic_loss_scale)
-
-    def _nf_restart_scale(self) -> None:
-        """The last stage takes the loss scaler over from DeepSpeed's optimizer, which a checkpoint replaces."""
-        self._nf_scale = None
-        self._nf_scale_owner = None
-        if self.fp16_enabled() and self.is_last_stage():
-            self._nf_scale_owner = TravellingScale(self.optimizer.loss_scaler, self._nf_guard.horizon)
+        self._reserve_pipe_buffers(self.schedule.in_flight(self.stage_id))
 
     # ---- optimizers --------------------------------------------------------------------------------------
 

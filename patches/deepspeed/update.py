@@ -1,4 +1,4 @@
-"""One update by an optimizer of DeepSpeed's that wraps another and keeps float32 masters."""
+"""Updates as DeepSpeed has them made: by optimizers of its own that wrap another, and of layers that are tied."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from noflush.methods.flat import Outcome
 from noflush.patches.deepspeed.weights import ZeroWeights
+from noflush.stage.update import StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
 
@@ -48,3 +49,16 @@ class WrappedUpdate:
         value = math.nan if found is None else found
         norm = torch.as_tensor(value, dtype=torch.float32, device=ring.device).reshape(())
         return Outcome(norm, torch.full_like(norm, float(optimizer.overflow)))
+
+
+class TiedFirst:
+    """An update before which the gradients of tied layers are added up over the stages that share them."""
+
+    def __init__(self, update: StageUpdate, engine: Any) -> None:
+        self._update = update
+        self._engine = engine
+
+    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+        """As `StageUpdate.run`."""
+        self._engine._exec_reduce_tied_grads()
+        return self._update.run(ring, scale)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noflush.methods.flat import FlatGroup
+from noflush.stage.layout import layout_within
 from noflush.stage.slices import Slices
-from noflush.stage.versions import layout_within
 from noflush.stage.weights import OwnGradients, PlainWeights, Weights
 
 

@@ -14,7 +14,8 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from noflush.methods.table import METHODS
-from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName, WeightPolicy
+from noflush.order.policies import PolicyName
+from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName
 
 BLOCK = "async_pipeline"
 
@@ -42,7 +43,7 @@ class AsyncPipelineConfig:
     schedule: ScheduleName = "1f1b_no_flush"
     """``1f1b_no_flush`` never drains; ``1f1b_flush`` is the synchronous twin in the same engine."""
 
-    weights: WeightPolicy = "stash"
+    weights: PolicyName = "stash"
     """``stash``: backward sees exactly its forward's weights. ``latest``: one version, backward sees the live
     weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
 

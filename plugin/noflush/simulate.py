@@ -192,7 +192,7 @@ class DelaySimulator:
         scaled = loss / self.schedule.gas * self._loss_scale(self.micro_batches // self.schedule.gas)
         grads: tuple[Tensor, ...] | None = None
         for stage, (weights, received, outputs) in zip(reversed(self._stages), reversed(graphs), strict=True):
-            if self.schedule.weights == "latest" and not self.schedule.flushes:
+            if self.schedule.backward_sees_live_weights:
                 for name, leaf in weights.items():
                     leaf.data.copy_(stage.params[name])
             heads = [scaled] if grads is None else [t for t in _as_tuple(outputs) if t.requires_grad]

@@ -126,11 +126,11 @@ def measure(rank, args):
     for _ in range(args.rounds):
         for e in extras:
             engine, sample = ours[e]
-            warm_up = 3 * -(-engine._nf_schedule.lag(0) // args.gas) + 3
+            warm_up = 3 * -(-engine.schedule.lag(0) // args.gas) + 3
             rounds[e].extend(timed(engine, sample, args.calls, warm_up))
-            actions[e] = engine._nf_recorder.take_interval()
+            actions[e] = engine.pipeline_stage.recorder.take_interval()
             engine.drain()
-            engine._nf_recorder.take_interval()
+            engine.pipeline_stage.recorder.take_interval()
         rounds["stock"].extend(timed(*stock, max(2, args.calls // 4), 1))
     took = 0.0
     if not args.real and args.forward_ms + args.backward_ms > 0:

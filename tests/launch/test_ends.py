@@ -118,9 +118,9 @@ def _dtypes(rank, run):
 
     join(run.ranks)
     engine = build_engine(run)
-    update = engine._nf_update
+    update = engine.pipeline_stage.update
     assert isinstance(update, stage_update.FusedUpdate)
-    return update._wire, engine._nf_weights.collect_gradients()[0].dtype
+    return update.wire, engine.pipeline_stage.weights.collect_gradients()[0].dtype
 
 
 @pytest.mark.parametrize("more", ["", "--accumulate-allreduce-grads-in-fp32", "--use-distributed-optimizer"])

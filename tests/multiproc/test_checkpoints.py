@@ -90,9 +90,9 @@ def test_resume_is_a_run_that_drained_there(tmp_path, stages, gas):
 def interval_of_a_drain(rank):
     engine = t.build(2, t.ds_config(1, block={}))
     engine.train_batch(iter(t.data(1)))
-    engine._nf_recorder.take_interval()
+    engine.pipeline_stage.recorder.take_interval()
     engine.drain()
-    return engine._nf_recorder.take_interval()
+    return engine.pipeline_stage.recorder.take_interval()
 
 
 def test_a_drains_work_is_not_set_against_the_calls_time():
@@ -121,7 +121,11 @@ def evaluate_mid_flight(rank):
     engine = t.build(4, t.ds_config(1, block={}))
     for tokens, labels in t.data(9):
         engine.train_batch(iter([(tokens, labels)]))
-    return engine.eval_batch(iter(t.data(1, seed=5))).item(), engine.updates, len(engine._nf_runner.ring.in_flight)
+    return (
+        engine.eval_batch(iter(t.data(1, seed=5))).item(),
+        engine.updates,
+        len(engine.pipeline_stage.runner.ring.in_flight),
+    )
 
 
 def test_evaluation_sees_every_stages_newest_weights_and_leaves_micro_batches_in_flight():

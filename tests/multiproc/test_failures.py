@@ -110,7 +110,7 @@ def test_a_stuck_peer_ends_the_wait():
 def forget_the_swap(rank):
     engine = t.build(2, t.ds_config(1, block={"peer_timeout_s": 20}))
     if rank == 0:
-        engine._nf_runner.ring.bind_for_backward = lambda micro_batch: None
+        engine.pipeline_stage.runner.ring.bind_for_backward = lambda micro_batch: None
     for call in range(5):
         engine.train_batch(iter(t.data(1, seed=call)))
 

@@ -20,7 +20,7 @@ def train_long(rank, calls, folder):
     engine = t.build(4, t.ds_config(1, block=block, steps_per_print=100))
     data = itertools.cycle(t.data(16))
     samples = []
-    runner = engine._nf_runner
+    runner = engine.pipeline_stage.runner
     for call in range(calls):
         engine.train_batch(data)
         if call % (calls // 8) == calls // 8 - 1:

@@ -25,7 +25,8 @@ def train_with(rank, kernel):
     for name, (optimizer, more) in CASES.items():
         config = t.ds_config(1, optimizer, {"kernel": kernel}, **more)
         used = []
-        results[name] = t.train(rank, 2, 1, CALLS, config, between=lambda e, _: used.append(e._nf_update._kernel.name))  # noqa: B023
+        note = lambda e, _, used=used: used.append(e.pipeline_stage.update.kernel.name)  # noqa: E731
+        results[name] = t.train(rank, 2, 1, CALLS, config, between=note)
         assert set(used) == {kernel}
     return results
 

@@ -165,7 +165,7 @@ def train_half_frozen(rank):
         rings = []
         results[name] = t.train(
             rank, 2, 1, 10, t.ds_config(1, optimizer, {}, **more), make_layers=half_frozen,
-            between=lambda e, _: rings.append(e._nf_runner.ring),  # noqa: B023
+            between=lambda e, _: rings.append(e.pipeline_stage.runner.ring),  # noqa: B023
         )  # fmt: skip
         results[name]["swapped"] = sum(p.numel() for p in rings[-1].params)
     return results

@@ -62,13 +62,13 @@ def of_the_loader(batches):
 
 def train(rank, optimizer, block, more, prefetch=Arrived):
     with (
-        mock.patch("noflush.patches.deepspeed.assembly.dist.get_backend", return_value="nccl"),
-        mock.patch("noflush.patches.deepspeed.assembly.Prefetch", prefetch),
+        mock.patch("noflush.stage.stage.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.stage.stage.Prefetch", prefetch),
     ):
         engine = t.build(4, t.ds_config(2, optimizer, block, **more))
     from deepspeed.accelerator import get_accelerator
 
-    runner, found = engine._nf_runner, []
+    runner, found = engine.pipeline_stage.runner, []
     run_call = runner.run_call
 
     def watched():

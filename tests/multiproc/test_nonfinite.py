@@ -77,8 +77,8 @@ def train_spoilt(rank, stages):
             rank, stages, gas, CALLS, config, between=lambda e, _: engines.append(e),  # noqa: B023
             make_layers=ONE_STAGE_EACH,
         )  # fmt: skip
-        engines[-1]._nf_guard.notices(before=10**9)
-        results[name]["skips"] = engines[-1]._nf_guard.skips.total
+        engines[-1].pipeline_stage.guard.notices(before=10**9)
+        results[name]["skips"] = engines[-1].pipeline_stage.guard.skips.total
     return results
 
 
@@ -197,8 +197,8 @@ def train_fp16(rank, stages):
         config = t.ds_config(gas, optimizer, {}, **FP16 | ZERO | more)
         results[name] = t.train(rank, stages, gas, 40, config, between=lambda e, _: engines.append(e))  # noqa: B023
         TravellingScale.begin = begin
-        engines[-1]._nf_guard.notices(before=10**9)
-        results[name] |= {"scales": scales, "skips": engines[-1]._nf_guard.skips.total}
+        engines[-1].pipeline_stage.guard.notices(before=10**9)
+        results[name] |= {"scales": scales, "skips": engines[-1].pipeline_stage.guard.skips.total}
     return results
 
 

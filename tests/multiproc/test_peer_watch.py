@@ -22,7 +22,7 @@ GPT = t.GPT | {"depth": 6}
 
 def build(stages, seconds):
     with (
-        mock.patch("noflush.patches.deepspeed.assembly.dist.get_backend", return_value="nccl"),
+        mock.patch("noflush.stage.stage.dist.get_backend", return_value="nccl"),
         mock.patch("noflush.stage.channels.dist.get_backend", return_value="nccl"),
     ):
         return t.build(stages, t.ds_config(1, block={"peer_timeout_s": seconds}), gpt=GPT)
@@ -38,7 +38,7 @@ def struck(rank, how, folder):
     if rank == 2:
         os.kill(os.getpid(), how)
         time.sleep(100)
-    stand_still = mock.patch.object(engine._nf_runner, "run_call", lambda: time.sleep(100))  # noqa: PT008
+    stand_still = mock.patch.object(engine.pipeline_stage.runner, "run_call", lambda: time.sleep(100))  # noqa: PT008
     with open(f"{folder}/{rank}", "w", buffering=1) as log, mock.patch("sys.stderr", log), stand_still:
         engine.train_batch(stream)
 
@@ -68,7 +68,7 @@ class Event:
 def left_in_the_queue(rank, folder):
     """Stage 2 is killed while stage 1's host has left the call and stands in a read of its loss, as in item()."""
     engine = build(3, 8.0)
-    engine._nf_watch._mark = Event
+    engine.pipeline_stage.watch.mark = Event
     stream = iter(t.data(9, gpt=GPT))
     for _ in range(4):
         engine.train_batch(stream)
@@ -93,7 +93,7 @@ def replicas(rank, folder):
     torch.distributed.barrier()
     if rank == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    stand_still = mock.patch.object(engine._nf_runner, "run_call", lambda: time.sleep(100))  # noqa: PT008
+    stand_still = mock.patch.object(engine.pipeline_stage.runner, "run_call", lambda: time.sleep(100))  # noqa: PT008
     with open(f"{folder}/{rank}", "w", buffering=1) as log, mock.patch("sys.stderr", log), stand_still:
         engine.train_batch(stream)
 

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.multiproc
 def train_without_receives_across_calls(rank, stages, gas):
     from unittest import mock
 
-    with mock.patch("noflush.patches.deepspeed.assembly.dist.get_backend", return_value="nccl"):
+    with mock.patch("noflush.stage.stage.dist.get_backend", return_value="nccl"):
         engine = t.build(stages, t.ds_config(gas, block={}))
-    runner = engine._nf_runner
+    runner = engine.pipeline_stage.runner
     runner.neighbours.warm_up()  # what construction does on an accelerator: no message of it may count
     history = []
 

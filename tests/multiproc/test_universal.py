@@ -40,7 +40,9 @@ CASES = CONVERTIBLE | {name: case[:2] for name, case in NOT_CONVERTIBLE.items()}
 def _outcome(engine, losses):
     """Losses, and the float32 masters that the optimizer updates: bf16 losses hide small differences."""
     engine.drain()
-    return losses, [p.detach().clone() for group in engine._nf_weights.rule.param_groups for p in group["params"]]
+    return losses, [
+        p.detach().clone() for group in engine.pipeline_stage.weights.rule.param_groups for p in group["params"]
+    ]
 
 
 def _save_and_go_on(rank, folder, names):

@@ -111,7 +111,7 @@ def constructed(rank, stages, guarded):
     gpt = t.GPT | {"depth": 6}
     config = t.ds_config(1, block={})
     with contextlib.ExitStack() as patches:
-        for module in ("stage.channels", "patches.deepspeed.assembly"):
+        for module in ("stage.channels", "stage.stage"):
             patches.enter_context(mock.patch(f"noflush.{module}.dist.get_backend", return_value="nccl"))
             if not guarded:
                 patches.enter_context(mock.patch(f"noflush.{module}.without_splits", contextlib.nullcontext))

@@ -9,7 +9,7 @@ from noflush.kernels.eager import EagerKernel
 from noflush.methods import DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW
 from noflush.methods.flat import FlatGroup
 from noflush.methods.optimizer import running_product
-from noflush.stage.versions import lay_out
+from noflush.stage.layout import lay_out
 from tests.unit.test_optim import parameters
 
 KERNEL = EagerKernel()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from noflush.order.schedule import Op
+from noflush.order.actions import Op
 from noflush.watch.device_time import DeviceTimes
 from noflush.watch.trace import Recorder
 

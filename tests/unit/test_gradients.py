@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from noflush.stage.gradients import FlatGradients
-from noflush.stage.versions import lay_out
+from noflush.stage.layout import FlatGradients, lay_out
 
 
 def make():

@@ -13,7 +13,7 @@ from noflush.kernels.eager import EagerKernel
 from noflush.methods import METHODS, DelayAwareNAdamW, DelayAwareNAG, PipeDreamAdamW, load
 from noflush.methods.flat import FlatGroup
 from noflush.methods.method import Place
-from noflush.stage.versions import lay_out
+from noflush.stage.layout import lay_out
 
 SHAPES = [(64, 33), (7,), (1,), (3, 5, 2), (129,)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from noflush.stage.payloads import PayloadError, PayloadSpec, check_batch, check_loss, check_outputs
+from noflush.stage.messages import PayloadSpec
+from noflush.stage.payloads import PayloadError, check_batch, check_loss, check_outputs
 
 X = torch.zeros(2, 3)
 

@@ -9,8 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noflush.order.deadlock import ScheduleError, check_order, check_versions, program, prove
-from noflush.order.schedule import Action, Op, Schedule, ceil_div, with_communication
+from noflush.order.accelerator import check_in_step
+from noflush.order.actions import Action, Op, with_communication
+from noflush.order.deadlock import check_order, check_retirement, check_versions, program, prove
+from noflush.order.one_f_one_b import compute_of_call, compute_of_drain
+from noflush.order.policies import ceil_div
+from noflush.order.program import ScheduleError
+from noflush.order.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(p, k) for p in (1, 2, 4, 8) for k in (1, 2, 4)]
@@ -43,10 +48,10 @@ def test_golden_text_parses_back_and_is_free_of_deadlock(stages, gas, name):
 
 def test_order_of_three_stages_by_hand():
     s = Schedule(3, 1)
-    calls = [" ".join(str(a)[1:] for a in s.call(0, t)) for t in range(4)]
+    calls = [" ".join(str(a)[1:] for a in compute_of_call(s, 0, t)) for t in range(4)]
     assert calls == ["F0", "F1", "F2 B0 U0", "F3 B1 U1"]
-    assert [str(a) for a in s.call(2, 0)] == ["2F0", "2B0", "2U0"]
-    assert [str(a) for a in s.drain(0, 4)] == ["0B2", "0U2", "0B3", "0U3"]
+    assert [str(a) for a in compute_of_call(s, 2, 0)] == ["2F0", "2B0", "2U0"]
+    assert [str(a) for a in compute_of_drain(s, 0, 4)] == ["0B2", "0U2", "0B3", "0U3"]
 
 
 @given(
@@ -70,7 +75,7 @@ def test_design_formulas(stages, gas, extra, name, weights):
     for s in range(stages):
         updates = 0
         for call in range(6):
-            actions = schedule.call(s, call)
+            actions = compute_of_call(schedule, s, call)
             forwards = [a.index for a in actions if a.op is Op.FORWARD]
             assert forwards == list(range(call * gas, (call + 1) * gas))
             updates += sum(a.op is Op.UPDATE for a in actions)
@@ -104,7 +109,7 @@ def test_one_call_needs_nothing_of_a_later_one():
 def test_no_delay_means_the_twins_agree():
     for gas in (1, 3):
         ours, twin = Schedule(1, gas), Schedule(1, gas, "1f1b_flush")
-        assert [ours.call(0, t) for t in range(4)] == [twin.call(0, t) for t in range(4)]
+        assert [compute_of_call(ours, 0, t) for t in range(4)] == [compute_of_call(twin, 0, t) for t in range(4)]
 
 
 def test_2bw_needs_a_batch_as_long_as_the_lag():
@@ -182,6 +187,46 @@ def test_too_few_versions_are_refused():
 
     with pytest.raises(ScheduleError, match="keeps only"):
         check_versions(Pinched(4, 1), program(schedule))
+
+
+def test_a_message_that_would_be_forgotten_before_it_is_taken_is_refused():
+    schedule = Schedule(4, 2)
+    order = program(schedule, "ahead")
+    check_retirement(schedule, order)
+
+    class Hasty(Schedule):
+        def lag_in_call(self, stage):
+            return super().lag_in_call(stage) - 1
+
+    with pytest.raises(ScheduleError, match="would forget what it sent up to micro-batch"):
+        check_retirement(Hasty(4, 2), order)
+    row = order[0][2]  # a header that is read after the gradient that proves it was sent
+    row.append(row.pop(row.index(Action(2, Op.RECV_HEADER, 0))))
+    with pytest.raises(ScheduleError, match="after 1RG0"):
+        check_retirement(schedule, order)
+
+
+@pytest.mark.parametrize("posting", ["ahead", "in_step"])
+@pytest.mark.parametrize("lost", [Op.SEND_HEADER, Op.SEND_SPEC])
+def test_a_control_message_that_is_not_sent_is_a_deadlock(posting, lost):
+    order = program(Schedule(3, 2), posting)
+    row = order[0][1]
+    row[:] = [action for action in row if action.op is not lost]
+    check = check_order if posting == "ahead" else check_in_step
+    with pytest.raises(ScheduleError, match="for ever at"):
+        check(order)
+
+
+def test_a_large_pipelines_fault_is_drawn_small():
+    schedule = Schedule(64, 32)
+    order = program(schedule)
+    row = order[2][30]
+    row[0], row[3] = row[3], row[0]
+    with pytest.raises(ScheduleError, match="its input was not received") as refused:
+        check_order(order)
+    assert "stage 26" in str(refused.value)
+    assert "stage 25" not in str(refused.value)
+    assert len(str(refused.value)) < 10_000
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ import math
 import pytest
 import torch
 
-from noflush.config import AsyncPipelineConfig
 from noflush.methods.flat import Outcome
 from noflush.order.schedule import Schedule
-from noflush.stage.guard import UpdateGuard
-from noflush.stage.reports import BatchReports, ReportLayout
-from noflush.stage.skips import SkippedUpdates
+from noflush.stage.messages import BatchReports, ReportLayout
+from noflush.stage.skips import SkippedUpdates, UpdateGuard
 
 
 def outcome(finite):
@@ -37,8 +35,7 @@ def test_outcomes_are_read_in_order_and_not_before_their_time():
 
 
 def guard_of(stage, limit=2, stages=3):
-    block = AsyncPipelineConfig(max_skipped_updates=limit, stop_dir="there")
-    return UpdateGuard(block, Schedule(stages, 1), stage, ReportLayout(1, stages))
+    return UpdateGuard(Schedule(stages, 1), stage, ReportLayout(1, stages), limit, "there")
 
 
 def test_a_skip_is_said_and_told(caplog):
@@ -46,9 +43,17 @@ def test_a_skip_is_said_and_told(caplog):
     guard.skips.note(4, 3, outcome(False))
     with caplog.at_level(logging.WARNING, "noflush"):
         notices = guard.notices(before=5)
-    assert notices.overflows == (2,)  # update 3 was that of batch 2
+    assert notices.skipped == (2,)  # update 3 was that of batch 2
     assert notices.stopped_by is None  # only the first stage judges
     assert "stage 1 skipped update 3: its gradient norm is inf (1 skipped in a row, 1 in all)" in caplog.text
+
+
+def test_what_a_drain_reads_is_told_with_the_next_call():
+    guard = guard_of(stage=1)
+    guard.skips.note(4, 3, outcome(False))
+    guard.settle(before=10**9)
+    assert guard.notices(before=5).skipped == (2,)
+    assert guard.notices(before=6).skipped == ()
 
 
 @pytest.mark.parametrize("worst", [0, 2])
@@ -74,7 +79,7 @@ def test_the_first_stage_ends_the_run_for_any_stage(worst):
 def test_where_a_stopped_run_is_saved():
     guard = guard_of(stage=0)
     assert guard.stop_dir() == "there"
-    guard = UpdateGuard(AsyncPipelineConfig(), Schedule(2, 1), 0, ReportLayout(1, 2))
+    guard = UpdateGuard(Schedule(2, 1), 0, ReportLayout(1, 2), 100)
     assert guard.stop_dir() == "noflush_stopped"
     guard.saved_to = "checkpoints"
     assert guard.stop_dir() == "checkpoints"
@@ -83,13 +88,13 @@ def test_where_a_stopped_run_is_saved():
 def test_reports_gather_every_stages_figures():
     layout = ReportLayout(2, 3)
     last, first = (BatchReports(layout, stage, torch.device("cpu")) for stage in (2, 0))
-    skips = SkippedUpdates()
-    skips.total = 4
     last.bubble, first.bubble = 0.25, 0.5
-    report = last.add(last.first(torch.tensor([1.5, 2.5]), 512.0), 7, skips)
-    report = first.add(report, 7, SkippedUpdates())
+    report = last.add(last.first(torch.tensor([1.5, 2.5]), 512.0), 7, skipped=4, in_a_row=2, stop=True)
+    report = first.add(report, 7, skipped=0, in_a_row=0, stop=False)
     assert report[:2].tolist() == [1.5, 2.5]
     assert first.step == 7
+    assert report[layout.in_a_row].tolist()[::2] == [0.0, 2.0]
+    assert report[layout.stop] == 1.0
     assert first.scale() == 512.0
     assert first.skipped(mine=1) == [1, 0, 4]
     bubbles = first.bubbles()

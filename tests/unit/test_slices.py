@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
+from noflush.stage.layout import FlatLayout
 from noflush.stage.slices import Region, Slices, counted_regions
-from noflush.stage.versions import FlatLayout
 
 
 def parameter(size, split=False, copy=False):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from noflush.__main__ import main
-from noflush.order.schedule import Op
+from noflush.order.actions import Op
 from noflush.watch import trace
 from noflush.watch.progress import progress_line
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from noflush.methods import DelayAwareNAdamW
-from noflush.stage.versions import WeightRing, WeightVersionError, lay_out, layout_within
+from noflush.stage.layout import WeightVersionError, lay_out, layout_within
+from noflush.stage.versions import WeightRing
 
 
 def model():

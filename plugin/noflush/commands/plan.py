@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
+from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
 from noflush.order.timing import Cost
 
@@ -19,7 +20,7 @@ def add(commands: Any) -> None:
     p = commands.add_parser("plan", help="delay, weight versions, memory and utilisation by stage")
     p.add_argument("--stages", type=int, required=True, help="pipeline stages P")
     p.add_argument("--gas", type=int, default=1, help="gradient_accumulation_steps K (default: %(default)s)")
-    p.add_argument("--weights", choices=("stash", "latest", "2bw"), default="stash")
+    p.add_argument("--weights", choices=tuple(POLICIES), default="stash")
     p.add_argument("--extra-in-flight", type=int, default=0, help="micro-batches in flight beyond one a stage")
     p.add_argument("--forward-ms", type=float, default=1.0, help="forward of a micro-batch at a stage")
     p.add_argument("--backward-ms", type=float, help="its backward (default: twice the forward)")

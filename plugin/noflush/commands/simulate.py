@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
 
 
@@ -18,7 +19,7 @@ def add(commands: Any) -> None:
     p = commands.add_parser("simulate", help="train with P virtual stages on one device: the price of staleness")
     p.add_argument("--stages", type=int, default=8, help="virtual pipeline stages P (default: %(default)s)")
     p.add_argument("--gas", type=int, default=1, help="gradient_accumulation_steps K (default: %(default)s)")
-    p.add_argument("--weights", choices=("stash", "latest", "2bw"), default="stash")
+    p.add_argument("--weights", choices=tuple(POLICIES), default="stash")
     p.add_argument(
         "--recompute", type=int, default=0, metavar="N", help="recompute N layers together in backward (for latest)"
     )

@@ -21,24 +21,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from noflush.order.schedule import Action, Op, Schedule, with_communication
+from noflush.order.actions import Action, Op, with_communication
+from noflush.order.control import with_specs
+from noflush.order.one_f_one_b import compute_of_call, compute_of_drain
+from noflush.order.schedule import Schedule
 
 Posting = Literal["ahead", "in_step"]
 
 
-def call_order(schedule: Schedule, posting: Posting, stage: int, call: int) -> list[Action]:
-    """Everything ``stage`` does in one `train_batch` call, in order."""
-    actions = with_communication(schedule.stages, schedule.call(stage, call))
-    if posting == "ahead":
-        return list(_ahead(schedule, stage, call, actions))
-    return list(_in_step(schedule, stage, call, actions))
+def posting_of(backend: str) -> Posting:
+    """When receives are posted over torch.distributed's ``backend``."""
+    return "ahead" if backend == "gloo" else "in_step"
+
+
+def call_order(schedule: Schedule, posting: Posting, stage: int, call: int, agreed: bool = True) -> list[Action]:
+    """Everything ``stage`` does in one `train_batch` call once it is open (`control.opening_order`), in order.
+
+    ``agreed``: whether both ends of each link know already what activations are; else this call says so first.
+    """
+    actions = with_communication(schedule.stages, compute_of_call(schedule, stage, call))
+    ordered = _ahead(schedule, stage, call, actions) if posting == "ahead" else _in_step(schedule, stage, call, actions)
+    return list(ordered) if agreed else with_specs(ordered)
 
 
 def drain_order(schedule: Schedule, posting: Posting, stage: int, calls: int) -> list[Action]:
     """Everything ``stage`` does to finish what is in flight after ``calls`` calls."""
-    actions = with_communication(schedule.stages, schedule.drain(stage, calls))
+    actions = with_communication(schedule.stages, compute_of_drain(schedule, stage, calls))
     if posting == "ahead":
-        return list(_ahead(schedule, stage, calls, actions))
+        return _ahead(schedule, stage, calls, actions)
     return list(_when_needed(stage, actions))
 
 
@@ -47,36 +57,40 @@ def kept_posted(schedule: Schedule, link: int) -> int:
     return schedule.lag_in_call(link) - schedule.lag_in_call(link + 1) + 1
 
 
-def _ahead(schedule: Schedule, stage: int, call: int, actions: Sequence[Action]) -> Iterator[Action]:
+def _ahead(schedule: Schedule, stage: int, call: int, actions: Sequence[Action]) -> list[Action]:
     """``actions`` with receives kept posted; ``call`` calls were made before them."""
     kept_up = kept_posted(schedule, stage - 1) if stage > 0 else 0
     kept_down = kept_posted(schedule, stage) if stage < schedule.stages - 1 else 0
     sent = call * schedule.gas  # activations sent
     taken = max(0, sent - schedule.lag(stage))  # gradients taken
     posted = min(taken + kept_down, sent)
+    out: list[Action] = []
     for action in actions:
-        if action.op is Op.SEND_ACTIVATION:
-            sent = action.index + 1
+        _, op, index = action
+        if op is Op.RECV_ACTIVATION:
+            out += (Action(stage, Op.POST_ACTIVATION, index), action)
+            out.append(Action(stage, Op.POST_ACTIVATION, index + kept_up))
+        elif op is Op.SEND_ACTIVATION:
+            sent = index + 1
             if posted < min(taken + kept_down, sent):
                 posted = min(taken + kept_down, sent)
-                yield Action(stage, Op.POST_GRAD, posted - 1)
-        elif action.op is Op.RECV_ACTIVATION:
-            yield Action(stage, Op.POST_ACTIVATION, action.index)
-        yield action
-        if action.op is Op.RECV_ACTIVATION:
-            yield Action(stage, Op.POST_ACTIVATION, action.index + kept_up)
-        elif action.op is Op.RECV_GRAD:
-            taken = action.index + 1
-            if posted < min(taken + kept_down, sent):
-                posted = min(taken + kept_down, sent)
-                yield Action(stage, Op.POST_GRAD, posted - 1)
+                out.append(Action(stage, Op.POST_GRAD, posted - 1))
+            out.append(action)
+        else:
+            out.append(action)
+            if op is Op.RECV_GRAD:
+                taken = index + 1
+                if posted < min(taken + kept_down, sent):
+                    posted = min(taken + kept_down, sent)
+                    out.append(Action(stage, Op.POST_GRAD, posted - 1))
+    return out
 
 
 def _in_step(schedule: Schedule, stage: int, call: int, actions: Sequence[Action]) -> Iterator[Action]:
     before: dict[int, int] = {}  # activation -> the last gradient that the stage below sends before it takes it
     newest = None
     if stage < schedule.stages - 1:
-        for below in schedule.call(stage + 1, call):
+        for below in compute_of_call(schedule, stage + 1, call):
             if below.op is Op.BACKWARD:
                 newest = below.index
             elif below.op is Op.FORWARD and newest is not None:

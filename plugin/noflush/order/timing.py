@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from noflush.order.schedule import COMPUTE, Op, Schedule, ceil_div, with_communication
+from noflush.order.actions import COMPUTE, Op, with_communication
+from noflush.order.one_f_one_b import compute_of_call
+from noflush.order.policies import ceil_div
+from noflush.order.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Tim
     calls = 3 * (ceil_div(schedule.lag(0) + schedule.stages, schedule.gas) + 8)
     stages = range(schedule.stages)
     actions = [
-        with_communication(schedule.stages, [a for t in range(calls) for a in schedule.call(s, t)]) for s in stages
+        with_communication(schedule.stages, [a for t in range(calls) for a in compute_of_call(schedule, s, t)])
+        for s in stages
     ]
     clock = [0.0] * schedule.stages
     at = [0] * schedule.stages

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from noflush.failure.last_words import PeerError
 from noflush.stage.groups import without_splits
-from noflush.stage.payloads import TensorSpec
+from noflush.stage.messages import TensorSpec
 from noflush.stage.peer import Attention, Peer, lost, wait_for
 
 _CONTROL_WORDS = 64

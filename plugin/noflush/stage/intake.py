@@ -8,8 +8,8 @@ computed: what was pulled is kept for the next call, and `drain()` still works.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from noflush.failure.last_words import PeerError
 from noflush.stage.channels import ControlIn, ControlOut
-from noflush.stage.figures import StageFigures, read_figures
+from noflush.stage.messages import Header, Notices
 from noflush.stage.prefetch import Prefetch
 
 
@@ -25,41 +25,8 @@ class DataExhausted(StopIteration):
     """The data iterator ended before a call had its K micro-batches. Raised on every stage, nothing lost."""
 
 
-@dataclass(frozen=True)
-class Notices:
-    """What travels down the pipeline with a call's header besides the header itself.
-
-    Attributes:
-        overflows: batches that some stage so far skipped for gradients that are not finite, newly learnt.
-        stopped_by: the stage for whose sake the first one ends the run, and its updates skipped in a row; or None.
-        stop_requested: whether a rank of the first stage knows that somebody asked for a stop.
-        figures: of the stages so far, in order.
-    """
-
-    overflows: tuple[int, ...] = ()
-    stopped_by: tuple[int, int] | None = None
-    stop_requested: bool = False
-    figures: tuple[StageFigures, ...] = ()
-
-    def words(self) -> list[int]:
-        """Whole numbers that a header can carry."""
-        stage, skipped = self.stopped_by or (0, 0)
-        figures = [word for of_stage in self.figures for word in of_stage.words()]
-        return [stage, skipped, int(self.stop_requested), len(figures), *figures, *self.overflows]
-
-    @classmethod
-    def read(cls, words: Sequence[int]) -> Notices:
-        """The notices that `words` stand for."""
-        stage, skipped, stop, count, *rest = words
-        stopped_by = (stage, skipped) if skipped else None
-        return cls(tuple(rest[count:]), stopped_by, bool(stop), read_figures(rest[:count]))
-
-
-_NONE = Notices()
-
-
 class Intake:
-    """One rank's micro-batches.
+    """One rank's micro-batches, and its part in opening a call.
 
     Args:
         gas: K, micro-batches a call.
@@ -81,14 +48,16 @@ class Intake:
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._gas = gas
-        self._reads = reads
+        self.reads = reads
         self._pull = pull
         self._prefetch = prefetch
         self._in = control_in
         self._out = control_out
         self._replicas = replicas
         self._pending: deque[Any] = deque()
-        self._overflows: tuple[int, ...] = ()
+        self._skipped: tuple[int, ...] = ()
+        self._call = self._message = 0
+        self._header = Header(0, False)
 
     def next(self) -> Any:
         """The next micro-batch of the call under way."""
@@ -102,63 +71,83 @@ class Intake:
         """Forgets micro-batches that were kept after `DataExhausted`."""
         self._pending.clear()
 
-    def take_overflows(self) -> tuple[int, ...]:
-        """Overflows that were told in calls that raised, and that nobody has heard yet."""
-        heard, self._overflows = self._overflows, ()
+    def take_skipped(self) -> tuple[int, ...]:
+        """Skipped batches that were told in calls that raised, and that nobody has heard yet."""
+        heard, self._skipped = self._skipped, ()
         return heard
 
-    def open_call(self, call: int, message: int, mine: Notices = _NONE) -> Notices:
-        """Pulls K micro-batches and agrees on it with the other stages.
+    def begin(self, call: int, message: int, mine: Notices) -> None:
+        """A call is about to be opened: the steps that `control.opening_order` names follow, and then `settle`.
 
-        ``call`` is the number of the `train_batch` call (for errors), ``message`` the activation it starts with.
-        Returns the notices of this stage and all before it, those of calls that raised included. Where they stop the
-        run, nothing was pulled.
-        Raises DataExhausted on every stage if there are fewer, PeerError if first and last stage disagree.
+        Args:
+            call: the number of the `train_batch` call (for errors).
+            message: the number of the activation message it starts with.
+            mine: what this stage has to tell.
         """
-        notices = mine
+        self._call, self._message = call, message
+        self._header = Header(0, False, mine)
+
+    def receive_header(self, call: int) -> None:
+        """Takes the header of the stage before, and adds what this one has to tell."""
+        assert self._in is not None
+        told, mine = Header.read(self._in.take()), self._header.notices
+        notices = replace(
+            told.notices,
+            skipped=(*told.notices.skipped, *mine.skipped),
+            figures=(*told.notices.figures, *mine.figures),
+        )
+        self._header = replace(told, notices=notices)
+
+    def send_header(self, call: int) -> None:
+        """Hands the header on."""
+        assert self._out is not None
+        self._out.send(self._header.words(), before=self._message)
+
+    def open(self, call: int) -> None:
+        """Pulls K micro-batches (the first stage), or as many as the header says (the last); none if the run stops.
+
+        Raises PeerError if the two disagree.
+        """
+        notices = self._header.notices
         if self._in is None:
-            if mine.stopped_by is None:
+            if notices.stopped_by is None:
                 self._fill(self._gas)
-            pulled = len(self._pending)
-            ready, stop = self._agree(pulled, mine.stop_requested)
-            notices = replace(mine, stop_requested=stop)
-        else:
-            pulled, ready, *words = self._in.take()
-            told = Notices.read(words)
-            notices = replace(
-                told, overflows=(*told.overflows, *mine.overflows), figures=(*told.figures, *mine.figures)
-            )
-        if self._out is not None:
-            self._out.send([pulled, ready, *notices.words()], before=message)
-        self._overflows += notices.overflows
-        if notices.stopped_by:
-            return notices
-        if self._out is None and self._in is not None:
-            self._fill(pulled)
-            if len(self._pending) != pulled:
+            ready, stop = self._agree(len(self._pending), notices.stop_requested)
+            self._header = Header(len(self._pending), ready, replace(notices, stop_requested=stop))
+        elif self._out is None and notices.stopped_by is None:
+            self._fill(self._header.pulled)
+            if len(self._pending) != self._header.pulled:
                 raise PeerError(
-                    f"call {call}: the last stage's data iterator ended after {len(self._pending)} micro-batches, "
-                    f"the first stage's gave {pulled}; pass the same data to train_batch() on both"
+                    f"call {self._call}: the last stage's data iterator ended after {len(self._pending)} micro-batches,"
+                    f" the first stage's gave {self._header.pulled}; pass the same data to train_batch() on both"
                 )
-        if not ready:
+
+    def settle(self) -> Notices:
+        """What this stage and all before it have to tell, also that of calls that raised.
+
+        Raises DataExhausted on every stage if there are fewer than K micro-batches.
+        """
+        notices = self._header.notices
+        self._skipped += notices.skipped
+        if notices.stopped_by is None and not self._header.ready:
             raise DataExhausted(
-                f"the data iterator ended in call {call} after {pulled} of {self._gas} micro-batches "
-                "(gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to go on, or "
-                "drain() to finish what is in flight"
+                f"the data iterator ended in call {self._call} after {self._header.pulled} of {self._gas} "
+                "micro-batches (gradient_accumulation_steps). They are kept: call train_batch() with a new iterator to "
+                "go on, or drain() to finish what is in flight"
             )
-        return replace(notices, overflows=self.take_overflows())
+        return notices if notices.stopped_by else replace(notices, skipped=self.take_skipped())
 
     def _fill(self, count: int) -> None:
-        while self._reads and len(self._pending) < count:
+        while self.reads and len(self._pending) < count:
             try:
                 self._pending.append(self._prefetch.start(self._pull()))
             except StopIteration:
                 return
 
-    def _agree(self, pulled: int, stop: bool) -> tuple[int, bool]:
+    def _agree(self, pulled: int, stop: bool) -> tuple[bool, bool]:
         """Whether every replica has its micro-batches, and whether one knows of a request to stop."""
         going_on = torch.tensor([int(pulled == self._gas), int(not stop)])
         if self._replicas is not None:
             dist.all_reduce(going_on, op=dist.ReduceOp.MIN, group=self._replicas)
         ready, unasked = going_on.tolist()
-        return ready, not unasked
+        return bool(ready), not unasked

@@ -1,4 +1,4 @@
-"""What stages hand to each other, and what a script may give them: kinds, shapes and dtypes, and their checks.
+"""What a script may give to a stage, and a stage to the next one: checks of outputs, losses and batches.
 
 DeepSpeed takes what it is given until some line far from the cause fails; here the first micro-batch is looked at, and
 what does not fit is one sentence that says which stage returned what, and what is allowed.
@@ -7,88 +7,12 @@ what does not fit is one sentence that says which stage returned what, and what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Payload = Tensor | tuple[Tensor, ...]
-
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What both ends of a link agreed a tensor to be; ``differentiable`` ones send a gradient back."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    differentiable: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorSpec:
-        """The spec of a stage's output tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-    def __str__(self) -> str:
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"{kind}{list(self.shape)}{'' if self.differentiable else ' without gradient'}"
-
-
-@dataclass(frozen=True)
-class PayloadSpec:
-    """What a stage hands to the next one: one tensor, or a tuple of any number of them."""
-
-    tensors: tuple[TensorSpec, ...]
-    is_tuple: bool
-
-    @classmethod
-    def of(cls, outputs: Payload) -> PayloadSpec:
-        """The spec of a stage's outputs, which `check_outputs` let pass."""
-        if isinstance(outputs, Tensor):
-            return cls((TensorSpec.of(outputs),), False)
-        return cls(tuple(TensorSpec.of(t) for t in outputs), True)
-
-    def __str__(self) -> str:
-        words = ", ".join(map(str, self.tensors))
-        return f"({words})" if self.is_tuple else words
-
-    def gradients(self) -> tuple[TensorSpec, ...]:
-        """Specs of the gradients that come back, in order."""
-        return tuple(spec for spec in self.tensors if spec.differentiable)
-
-    def to_words(self) -> list[int]:
-        """The spec as integers, for the control channel."""
-        words = [int(self.is_tuple), len(self.tensors)]
-        for spec in self.tensors:
-            words += [_DTYPES.index(spec.dtype), int(spec.differentiable), len(spec.shape), *spec.shape]
-        return words
-
-    @classmethod
-    def from_words(cls, words: Sequence[int]) -> PayloadSpec:
-        """The inverse of `to_words`; trailing words are ignored."""
-        is_tuple, count = bool(words[0]), words[1]
-        at, specs = 2, []
-        for _ in range(count):
-            dtype, differentiable, ndim = words[at : at + 3]
-            shape = tuple(words[at + 3 : at + 3 + ndim])
-            specs.append(TensorSpec(shape, _DTYPES[dtype], bool(differentiable)))
-            at += 3 + ndim
-        return cls(tuple(specs), is_tuple)
+from noflush.stage.messages import DTYPES
 
 
 class PayloadError(TypeError):
@@ -98,7 +22,7 @@ class PayloadError(TypeError):
 def check_outputs(outputs: Any, stage: int) -> None:
     """Raises PayloadError unless ``outputs`` can be sent: a dense tensor, or a tuple of one or more."""
     parts = outputs if isinstance(outputs, tuple) else (outputs,)
-    if parts and all(isinstance(t, Tensor) and t.dtype in _DTYPES and t.layout is torch.strided for t in parts):
+    if parts and all(isinstance(t, Tensor) and t.dtype in DTYPES and t.layout is torch.strided for t in parts):
         return
     raise PayloadError(
         f"stage {stage} returned {describe(outputs)}: the last layer of a stage must return a dense tensor, or a tuple "

@@ -48,7 +48,7 @@ class PeerWatch:
         ended: Callable[[PeerError], None] | None = None,
     ) -> None:
         self._peers = peers
-        self._mark = mark
+        self.mark = mark
         self._ended = ended or _end
         self._since: float | None = None
         self._enqueued: Any = None
@@ -72,8 +72,8 @@ class PeerWatch:
         finally:
             self._depth -= 1
             if not self._depth:
-                if self._mark is not None and self._peers:
-                    self._enqueued = self._mark()
+                if self.mark is not None and self._peers:
+                    self._enqueued = self.mark()
                 else:
                     self._since = None
 

@@ -1,14 +1,15 @@
-"""Executes one stage's schedule: which weights, which message, which buffer, for every action in order.
+"""Executes one stage's orders: which weights, which message, which buffer, for every action.
 
-Decides nothing: order and versions come from `schedule`, storage from `versions`, transport from `channels`,
-and the host's own forward, backward and update from a `StageWork`. One micro-batch of a middle stage::
+Decides nothing: orders and versions come from `order`, storage from `versions`, transport from `channels`, and forward,
+backward and update from a `StageWork`. One micro-batch of a middle stage::
 
     (1) RA  wait for the activation of m           (4) RG  wait for the gradient of m - L
     (2) F   bind its version, run forward          (5) B   bind that forward's version, check, run backward
     (3) SA  send the output on                     (6) SG  send the input's gradient back
                                                    (7) U   after every K-th backward: the next version
 
-and between them, where `posting` says so, the receives are posted (PA, PG).
+and between them, where `posting` says so, the receives are posted (PA, PG). Before a call it is opened (RH, SH, O); the
+first one also says what activations will be (SS, RS).
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from noflush.order.actions import CONTROL, POSTS, Action, Op
+from noflush.order.control import opening_order
 from noflush.order.posting import Posting, call_order, drain_order
-from noflush.order.schedule import POSTS, Action, Op, Schedule
+from noflush.order.retirement import retired_by
+from noflush.order.schedule import Schedule
 from noflush.stage.channels import Neighbours
-from noflush.stage.payloads import Payload, PayloadSpec, TensorSpec, check_outputs
+from noflush.stage.intake import Intake
+from noflush.stage.messages import Payload, PayloadSpec, TensorSpec
+from noflush.stage.payloads import check_outputs
 from noflush.stage.versions import WeightRing
 from noflush.watch.trace import Recorder
 
 
 class StageWork(Protocol):
-    """What a host does for a stage. ``buffer`` numbers a place for one micro-batch in flight."""
+    """What the actions of a stage mean. ``buffer`` numbers a place for one micro-batch in flight."""
 
     def run_forward(self, buffer: int, received: Payload | None) -> Payload:
         """Loads what the stage reads from data, runs forward; returns the outputs."""
@@ -53,7 +59,8 @@ class StageRunner:
         schedule, stage: what to do.
         ring: the stage's weight versions.
         neighbours: its channels.
-        work: the host's side.
+        work: what the actions mean.
+        intake: opens calls; None where whoever drives the runner has data of its own.
         recorder: where events go.
         report: spec of the report tensor that travels up with the last gradient of every batch.
         posting: when receives are posted.
@@ -69,6 +76,7 @@ class StageRunner:
         recorder: Recorder,
         report: TensorSpec,
         posting: Posting,
+        intake: Intake | None = None,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -80,6 +88,7 @@ class StageRunner:
         self.first_version = ring.newest
         self.batches_finished = 0
         self._work = work
+        self._agreed = False
         self._report_spec = report
         self._posting = posting
         self._outgoing: PayloadSpec | None = None
@@ -99,16 +108,30 @@ class StageRunner:
             Op.RECV_GRAD: self._recv_grad,
             Op.POST_ACTIVATION: self._post_activation,
             Op.POST_GRAD: self._post_grad,
+            Op.SEND_SPEC: self._send_spec,
+            Op.RECV_SPEC: self._recv_spec,
         }
+        if intake is not None:
+            self._do |= {
+                Op.OPEN: intake.open,
+                Op.RECV_HEADER: intake.receive_header,
+                Op.SEND_HEADER: intake.send_header,
+            }
 
     @property
     def updates(self) -> int:
         """Updates this stage has made, over all segments."""
         return self.ring.newest
 
+    def open_call(self) -> None:
+        """Runs the actions that open the next call, in the intake that was begun."""
+        for action in opening_order(self.schedule.stages, self.stage, self.calls):
+            self._do[action.op](action.index)
+
     def run_call(self) -> None:
         """Runs the actions of one `train_batch` call; user code then sees the newest weights."""
-        self._run(call_order(self.schedule, self._posting, self.stage, self.calls))
+        self._run(call_order(self.schedule, self._posting, self.stage, self.calls, self._agreed))
+        self._agreed = True
         self.calls += 1
 
     @property
@@ -132,13 +155,14 @@ class StageRunner:
 
     def _run(self, order: Sequence[Action]) -> None:
         for action in order:
-            if action.op in POSTS:  # no time worth an event
-                self._do[action.op](action.index)
+            _, op, index = action
+            if op in POSTS or op in CONTROL:  # no time worth an event
+                self._do[op](index)
                 continue
-            begun = self.recorder.begin(action.op)
-            self._do[action.op](action.index)
-            first = self.first_version if action.op is Op.UPDATE else self.first_micro_batch
-            self.recorder.end(action.op, first + action.index, begun)
+            begun = self.recorder.begin(op)
+            self._do[op](index)
+            first = self.first_version if op is Op.UPDATE else self.first_micro_batch
+            self.recorder.end(op, first + index, begun)
         self.ring.bind_newest()
 
     def _global(self, m: int) -> int:
@@ -167,11 +191,9 @@ class StageRunner:
         return self._ends_batch(m) or not gradients
 
     def _post_activation(self, m: int) -> None:
-        inbox, control = self.neighbours.activations_in, self.neighbours.control_in
+        inbox = self.neighbours.activations_in
         assert inbox is not None
-        assert control is not None
-        if self._incoming is None:
-            self._incoming = PayloadSpec.from_words(control.take())
+        assert self._incoming is not None
         while inbox.next_to_post <= self._message(m):
             inbox.post(self._incoming.tensors)
 
@@ -190,31 +212,37 @@ class StageRunner:
             tensor.requires_grad_(spec.differentiable)
         self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
         if self.neighbours.gradients_out is not None:
-            # The stage above had run B(m - lag - 1) when it sent this, so that gradient has arrived there.
-            above = self.schedule.lag_in_call(self.stage - 1)
-            self.neighbours.gradients_out.retire(self._message(m) - above - 1)
+            up_to = retired_by(Op.RECV_ACTIVATION, m, self.schedule.lag_in_call(self.stage - 1))
+            self.neighbours.gradients_out.retire(self._message(up_to))
 
     def _forward(self, m: int) -> None:  # (2)
         self.ring.tag(self._global(m), self.first_version + self.schedule.version(self.stage, m))
         outputs = self._work.run_forward(self._buffer(m), self._received)
         self._received = None
         if self.neighbours.activations_out is not None:
-            self._agree_on_shapes(m, outputs)
+            check_outputs(outputs, self.stage)
             self._to_send = outputs
+            self._agree_on_shape(m, outputs)
 
-    def _agree_on_shapes(self, m: int, outputs: Payload) -> None:
-        check_outputs(outputs, self.stage)
+    def _agree_on_shape(self, m: int, outputs: Payload) -> None:
         spec = PayloadSpec.of(outputs)
         if self._outgoing is None:
-            assert self.neighbours.control_out is not None
             self._outgoing = spec
-            self.neighbours.control_out.send(spec.to_words(), before=self._message(m))
         elif spec != self._outgoing:
             raise ValueError(
                 f"stage {self.stage} made {spec} of micro-batch {self._global(m)}, but {self._outgoing} was agreed "
                 "with the first one: every micro-batch must have one shape; drop the last partial batch "
                 "(drop_last=True) or pad"
             )
+
+    def _send_spec(self, m: int) -> None:
+        assert self._outgoing is not None
+        assert self.neighbours.control_out is not None
+        self.neighbours.control_out.send(self._outgoing.to_words(), before=self._message(m))
+
+    def _recv_spec(self, m: int) -> None:
+        assert self.neighbours.control_in is not None
+        self._incoming = PayloadSpec.from_words(self.neighbours.control_in.take())
 
     def _send_activation(self, m: int) -> None:  # (3)
         outbox, payload = self.neighbours.activations_out, self._to_send
@@ -231,11 +259,11 @@ class StageRunner:
         self._gradients = tensors[:count]
         if self._ends_batch(m):
             (self._report,) = tensors[count:]
-        # A gradient of m proves that the stage below has read the activation of m, and the calls before.
         assert self.neighbours.activations_out is not None
         assert self.neighbours.control_out is not None
-        self.neighbours.activations_out.retire(self._message(m))
-        self.neighbours.control_out.retire(self._message(m))
+        up_to = self._message(retired_by(Op.RECV_GRAD, m, 0))
+        self.neighbours.activations_out.retire(up_to)
+        self.neighbours.control_out.retire(up_to)
 
     def _backward(self, m: int) -> None:  # (5)
         self.ring.bind_for_backward(self._global(m))

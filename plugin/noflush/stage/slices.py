@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from noflush.stage.versions import FlatLayout
+from noflush.stage.layout import FlatLayout
 
 
 def is_split(param: Parameter) -> bool:

@@ -45,10 +45,10 @@ class FusedUpdate:
         assert isinstance(weights.rule, DelayAwareOptimizer)
         self._weights = weights
         self._rule = weights.rule
-        self._kernel = kernel
+        self.kernel = kernel
         self._max_norm = max_norm
-        self._wire = wire
-        self._replicas = dist.get_world_size(weights.replicas)
+        self.wire = wire
+        self._replicas = 1 if weights.replicas is None else dist.get_world_size(weights.replicas)
         self._predivide = predivide
         self._first = True
         weights.take_over()
@@ -70,12 +70,12 @@ class FusedUpdate:
         if self._replicas > 1:
             if self._predivide != 1:
                 torch._foreach_div_(gradients, self._predivide)
-            gradients = reduce_gradients(gradients, self._shards, weights.replicas, self._wire)
+            gradients = reduce_gradients(gradients, self._shards, weights.replicas, self.wire)
             scale = scale * (self._replicas / self._predivide)
         norm = self._norm(gradients, ring.device)
         following = ring.begin_update()
         outcome = self._rule.step_flat(
-            self._kernel,
+            self.kernel,
             gradients,
             weights.masters(newest),
             weights.shards(following),
@@ -98,10 +98,10 @@ class FusedUpdate:
         slices = self._weights.slices
         if slices.size > 1:
             gradients = [gradients[r.flat].narrow(0, r.start, r.length) for r in self._counted]
-        elif not self._weights.sharded and self._kernel.name != "triton":
+        elif not self._weights.sharded and self.kernel.name != "triton":
             # Parameter by parameter where that costs nothing: bit for bit torch's own clipping.
             gradients = self._weights.gradient_views()
-        norm = self._kernel.norm(gradients).to(device)  # of no tensor at all it lies on the CPU
+        norm = self.kernel.norm(gradients).to(device)  # of no tensor at all it lies on the CPU
         if self._weights.sharded:
             norm = Slices(self._weights.replicas, size=self._replicas).add_up(norm)
         return slices.add_up(norm)

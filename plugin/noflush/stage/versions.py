@@ -13,87 +13,15 @@ really points with where its micro-batch's version lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from noflush.methods.flat import Piece
-
-# Bytes. Matrix kernels may choose another code path for another alignment; torch's own allocator gives 64.
-_ALIGNMENT = 64
-
-
-class WeightVersionError(RuntimeError):
-    """A backward would have seen other weights than its forward: a fault of the engine, never of the user."""
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """Where parameters of one dtype and device lie in a flat tensor of ``numel`` elements.
-
-    Attributes:
-        params: the parameters.
-        offsets: of each one's first element.
-        numel: length, gaps and padding included.
-    """
-
-    params: tuple[Parameter, ...]
-    offsets: tuple[int, ...]
-    numel: int
-
-    def new_flat(self) -> Tensor:
-        """Zeros in this layout."""
-        return torch.zeros(self.numel, dtype=self.params[0].dtype, device=self.params[0].device)
-
-    def pieces_within(self, start: int, length: int) -> tuple[Piece, ...] | None:
-        """The parameters in elements [start, start + length), counted from there; None if an end cuts one in two."""
-        found = []
-        for p, offset in zip(self.params, self.offsets, strict=True):
-            first, last = offset - start, offset - start + p.numel()
-            if first >= 0 and last <= length:
-                found.append(Piece(first, tuple(p.shape)))
-            elif first < length and last > 0:
-                return None
-        return tuple(found)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Each parameter's part of ``flat``, in its shape."""
-        return [
-            flat[offset : offset + p.numel()].view(p.shape) for p, offset in zip(self.params, self.offsets, strict=True)
-        ]
-
-
-def lay_out(params: Iterable[Parameter]) -> list[FlatLayout]:
-    """One layout a dtype and device, every parameter aligned to 64 bytes."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Parameter]] = {}
-    for param in params:
-        kinds.setdefault((param.dtype, param.device), []).append(param)
-    layouts = []
-    for (dtype, _), members in kinds.items():
-        unit = max(1, _ALIGNMENT // dtype.itemsize)
-        offsets, total = [], 0
-        for param in members:
-            offsets.append(total)
-            total += -(-param.numel() // unit) * unit
-        layouts.append(FlatLayout(tuple(members), tuple(offsets), total))
-    return layouts
-
-
-def layout_within(params: Iterable[Parameter], flat: Tensor) -> FlatLayout:
-    """The layout of parameters that are views into ``flat`` already. Raises WeightVersionError if one is not."""
-    members, offsets = tuple(params), []
-    for param in members:
-        offset, rest = divmod(param.data_ptr() - flat.data_ptr(), flat.element_size())
-        if rest or not 0 <= offset <= flat.numel() - param.numel() or not param.is_contiguous():
-            shape = tuple(param.shape)
-            raise WeightVersionError(f"a parameter of shape {shape} lies outside its optimizer's flat tensor")
-        offsets.append(offset)
-    return FlatLayout(members, tuple(offsets), flat.numel())
+from noflush.stage.layout import FlatLayout, WeightVersionError
 
 
 @dataclass

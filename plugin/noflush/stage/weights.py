@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noflush.methods.flat import FlatGroup
-from noflush.stage.gradients import FlatGradients
+from noflush.stage.layout import FlatGradients, FlatLayout, lay_out
 from noflush.stage.slices import Slices
-from noflush.stage.versions import FlatLayout, lay_out
 
 
 class Weights(Protocol):
@@ -26,7 +25,7 @@ class Weights(Protocol):
         optimizer: what the host calls its optimizer.
         rule: the torch optimizer in its inside.
         layouts, home: for `versions.WeightRing`.
-        replicas: the data-parallel group.
+        replicas: the data-parallel group; None for one replica.
         slices: the ranks that share the stage by tensor parallelism.
         sharded: whether each replica updates a shard of every flat tensor (ZeRO-1).
         has_masters: whether float32 masters are kept apart from the model's weights.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from noflush.order.schedule import Op
+from noflush.order.actions import Op
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from noflush.order.schedule import Op
+from noflush.order.actions import Op
 from noflush.watch.trace import Event
 
 _COLOURS = {Op.FORWARD: "#4c78a8", Op.BACKWARD: "#59a14f", Op.UPDATE: "#e15759"}

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from noflush.order.schedule import COMPUTE, Op
+from noflush.order.actions import COMPUTE, Op
 
 _OPS = tuple(Op)
 _CODE = {op: code for code, op in enumerate(_OPS)}

@@ -20,10 +20,10 @@ from noflush.methods.method import Place
 from noflush.order.deadlock import prove
 from noflush.order.schedule import Schedule
 from noflush.stage.channels import connect
-from noflush.stage.gradients import FlatGradients
-from noflush.stage.payloads import TensorSpec
+from noflush.stage.layout import FlatGradients, lay_out
+from noflush.stage.messages import TensorSpec
 from noflush.stage.runner import StageRunner
-from noflush.stage.versions import WeightRing, lay_out
+from noflush.stage.versions import WeightRing
 from noflush.watch.trace import Recorder
 from tests.bench.gpu_parts import compared, model
 from tests.bench.gpu_parts import device as gpu
@@ -94,7 +94,7 @@ def rank_main(stages, dry):
     device = own_device()
     join(device, 2 * _PEER_S)
     stage, of, schedule = int(os.environ["RANK"]), model.size(stages, dry), Schedule(stages, model.GAS)
-    prove(schedule, POSTING, 1)
+    prove(schedule, POSTING)
     work = Stage(stage, schedule, of, device)
     neighbours = connect([range(stages)], stage, device, _PEER_S)
     report = TensorSpec((1,), torch.float64, False)

@@ -1,0 +1,423 @@
+"""One pipeline stage at work, whoever drives it: a host's engine, or a plain loop (`plain`).
+
+A call goes in two steps: `open_call` agrees on it with the other stages and hears what they have to tell, `run_call`
+runs it. The pipeline stays full between calls; `drain` finishes what is in flight. What forward, backward and the data
+are is the `Work`'s business, where weights lie that of `Weights`, how they are updated that of a `StageUpdate`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from noflush.failure import last_words
+from noflush.methods.flat import Outcome
+from noflush.methods.method import Place
+from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.order.deadlock import prove
+from noflush.order.posting import Posting, posting_of
+from noflush.order.schedule import Schedule
+from noflush.stage.channels import connect
+from noflush.stage.groups import without_splits
+from noflush.stage.intake import Intake
+from noflush.stage.loss_scale import TravellingScale
+from noflush.stage.messages import BatchReports, Payload, ReportLayout, StageFigures, TensorSpec
+from noflush.stage.payloads import check_batch
+from noflush.stage.peer_watch import PeerWatch
+from noflush.stage.prefetch import Prefetch
+from noflush.stage.ranks import Ranks
+from noflush.stage.runner import StageRunner
+from noflush.stage.skips import UpdateGuard
+from noflush.stage.update import StageUpdate
+from noflush.stage.versions import WeightRing
+from noflush.stage.weights import Weights
+from noflush.watch.device_time import DeviceTimes
+from noflush.watch.trace import Recorder
+
+_CALLS_PER_TRACE_FILE = 200
+_LOSSES_KEPT = 1000
+
+
+class Work(Protocol):
+    """What is computed at a stage. ``buffer`` numbers a place for one micro-batch in flight."""
+
+    def pull(self) -> Any:
+        """The next micro-batch of this rank's data: (inputs, labels). Raises StopIteration at its end."""
+
+    def forward(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
+        """Runs forward on what the stage before sent (None at the first stage); returns the outputs.
+
+        ``batch``: the micro-batch, at the first and last stages; else None.
+        """
+
+    def backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """Backpropagates ``gradients`` of the differentiable outputs (None at the last stage: its loss)."""
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """Gradients of the differentiable tensors received; frees the buffer."""
+
+    def batch_losses(self) -> Tensor:
+        """At the last stage, after a batch: its mean losses over micro-batches and replicas, float64 [n]."""
+
+    def updated(self, outcome: Outcome) -> None:
+        """An update was made."""
+
+    def heard(self, step: int, report: Tensor) -> None:
+        """The losses of call ``step`` (from 1) are known here: ``report`` [n and more]."""
+
+    def save_stopped(self, folder: str, tag: str) -> None:
+        """Saves a checkpoint of a run that is about to end."""
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """What a user may choose, as the block's fields of these names say it.
+
+    ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
+    ``posting``: when receives are posted (None: as the backend wants it).
+    """
+
+    trace_dir: str | None = None
+    peer_timeout_s: float = 1800.0
+    max_skipped_updates: int = 100
+    stop_dir: str | None = None
+    losses: int = 1
+    one_norm: bool = False
+    posting: Posting | None = None
+
+
+DEFAULTS = StageOptions()
+
+
+class Stage:
+    """One stage.
+
+    Args:
+        schedule: of as many stages as a pipeline has ranks.
+        ranks: who is who; every rank makes its stage at the same time.
+        device: where it computes.
+        weights: its parameters, gradients and masters.
+        update: how it updates them.
+        work: what it computes.
+        options: the user's.
+        scaler: gives the fp16 loss scaler (a checkpoint may replace it); None without fp16.
+
+    Raises:
+        ScheduleError: the schedule could deadlock.
+
+    Attributes:
+        schedule, stage, ring, runner, recorder, guard, reports, weights, update: its parts.
+        calls: calls made, those of a loaded checkpoint included.
+        figures: of this stage and all before it, as told with the newest call's header.
+        stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
+        skipped_batches: batches that this stage has heard were skipped, by itself or a stage before it.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        ranks: Ranks,
+        device: torch.device,
+        weights: Weights,
+        update: StageUpdate,
+        work: Work,
+        options: StageOptions = DEFAULTS,
+        scaler: Callable[[], Any] | None = None,
+    ) -> None:
+        backend = dist.get_backend()
+        self._posting: Posting = options.posting or posting_of(backend)
+        prove(schedule, self._posting, options.one_norm)
+        self.schedule, self.ranks, self.device, self.stage = schedule, ranks, device, ranks.stage
+        self.weights, self.update, self.work = weights, update, work
+        self._options, self._scaler = options, scaler
+        self.calls = 0
+        self.figures: tuple[StageFigures, ...] = ()
+        self.stop_requested = False
+        self.skipped_batches = 0
+        self._newly_skipped: set[int] = set()
+        self._scale: Tensor | float | None = None
+        self._scale_owner: TravellingScale | None = None
+        self._learnt: deque[tuple[int, Tensor]] = deque(maxlen=_LOSSES_KEPT)
+        layout = ReportLayout(options.losses, schedule.stages)
+        self.reports = BatchReports(layout, self.stage, device)
+        clock = DeviceTimes() if device.type == "cuda" else None
+        self.recorder = Recorder(self.stage, ranks.rank, options.trace_dir, device=clock)
+        # What no optimizer updates has one version for ever, and stays where it is.
+        self.ring = WeightRing(
+            weights.layouts,
+            schedule.versions_alive(self.stage),
+            not schedule.policy.live,
+            home=weights.home,
+            device=device,
+        )
+        last_words.attend(ranks.rank, ranks.world, ranks.name)
+        neighbours = connect(ranks.pipelines if ranks.stages > 1 else [], ranks.rank, device, options.peer_timeout_s)
+        self._intake = self._make_intake(neighbours)
+        self.runner = StageRunner(
+            schedule,
+            self.stage,
+            self.ring,
+            neighbours,
+            self,
+            self.recorder,
+            TensorSpec((layout.words,), torch.float64, False),
+            self._posting,
+            self._intake,
+        )
+        # Nobody is watched on gloo, whose waits notice by themselves.
+        watched = () if backend == "gloo" else neighbours.watched
+        self.watch = PeerWatch(watched, _mark if torch.cuda.is_available() else None)
+        self.watch.start()
+        self._tell_methods()
+        self.guard = UpdateGuard(
+            schedule, self.stage, layout, options.max_skipped_updates, options.stop_dir, self._scales_dynamically()
+        )
+        self._restart_scale()
+
+    def _make_intake(self, neighbours: Any) -> Intake:
+        ranks, first, last = self.ranks, self.stage == 0, self.stage == self.schedule.stages - 1
+        replicas = None
+        if ranks.replicas > 1:
+            readers = [pipeline[0] for pipeline in ranks.pipelines]
+            with without_splits():
+                patience = timedelta(seconds=self._options.peer_timeout_s)
+                group = dist.new_group(readers, timeout=patience, backend="gloo")
+            replicas = group if first else None
+        return Intake(
+            self.schedule.gas,
+            first or last,
+            self.work.pull,
+            Prefetch(self.device, first, last),
+            neighbours.control_in,
+            neighbours.control_out,
+            replicas,
+        )
+
+    # ---- what a user reads -------------------------------------------------------------------------------
+
+    @property
+    def updates(self) -> int:
+        """Updates this stage has made; behind `calls` while micro-batches are in flight."""
+        return self.ring.newest
+
+    @property
+    def skipped(self) -> int:
+        """Updates that this stage has skipped for gradients that were not finite."""
+        return self.guard.skips.total
+
+    def request_stop(self) -> None:
+        """Asks for the run to stop; any rank may, also from a signal handler.
+
+        The request travels up with the losses and comes down with a call's header (`stop_requested`), so no rank waits
+        to learn of it.
+        """
+        self.guard.stop_requested = True
+
+    @property
+    def loss(self) -> Tensor:
+        """The newest batch loss known here (`reports.step` names its call): 0-dim float32; nan before any."""
+        newest = self.reports.newest
+        return torch.tensor(math.nan, device=self.device) if newest is None else newest[0].float()
+
+    def batch_losses(self) -> dict[int, float]:
+        """Batch losses that this stage has learnt since it was last asked, by call (from 1), each once.
+
+        Of what is never asked for the newest 1000 are kept. Waits for the device.
+        """
+        learnt = {step: float(loss) for step, loss in self._learnt}
+        self._learnt.clear()
+        return learnt
+
+    # ---- a call ------------------------------------------------------------------------------------------
+
+    def train_batch(self) -> None:
+        """One call: `open_call` and `run_call`. Raises what they raise."""
+        begun = self.recorder.begin(None)
+        with self.on_duty():
+            self.open_call()
+            self.run_call()
+            self.recorder.end_call(begun)
+        if self.calls % _CALLS_PER_TRACE_FILE == 0:
+            self.recorder.write()
+
+    def on_duty(self) -> AbstractContextManager[None]:
+        """What is done within needs the neighbours: one that dies then ends this process too, in bounded time."""
+        return self.watch.on_duty()
+
+    def open_call(self) -> None:
+        """Agrees with the other stages on the next call, and hears what they have to tell.
+
+        Raises:
+            DataExhausted: the data ended before K micro-batches (on every stage; nothing is lost).
+            NonFiniteGradients: a stage skipped too many updates in a row (on every stage, after a checkpoint).
+            PeerError: a neighbouring stage died or hangs.
+        """
+        guard = self.guard
+        notices = guard.notices(before=self.calls - 1)
+        # Where every stage's norm is the whole pipeline's, it counts once.
+        norm = 0.0 if self._options.one_norm and self.stage else guard.skips.norm
+        notices = replace(notices, figures=(StageFigures(norm, *self.recorder.totals()),))
+        self._intake.begin(self.calls, self.runner.next_message, notices)
+        self.runner.open_call()
+        notices = self._intake.settle()
+        if notices.stopped_by is not None:
+            folder, tag = guard.stop_dir(), f"stopped_global_step{self.calls}"
+            self.work.save_stopped(folder, tag)
+            raise guard.error(notices.stopped_by, f"{folder}/{tag}")
+        self.figures, self.stop_requested = notices.figures, notices.stop_requested
+        self._hear_of_skipped(notices.skipped)
+
+    def run_call(self) -> None:
+        """Runs the call that is open: K forwards, and the backwards and updates that are due."""
+        self.runner.run_call()
+        self.calls += 1
+
+    def _hear_of_skipped(self, batches: tuple[int, ...]) -> None:
+        if self._scale_owner is not None:
+            for batch in batches:
+                self._scale_owner.hear(batch)
+        news = set(batches) - self._newly_skipped
+        self.skipped_batches += len(news)
+        horizon = self.calls - 2 * self.guard.horizon
+        self._newly_skipped = {batch for batch in self._newly_skipped | news if batch >= horizon}
+
+    # ---- what the runner's actions mean ------------------------------------------------------------------
+
+    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+        """`runner.StageWork`."""
+        batch = None
+        if self._intake.reads:
+            batch = self._intake.next()
+            check_batch(batch, self.stage, self.schedule.stages)
+        return self.work.forward(buffer, received, batch)
+
+    def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
+        """`runner.StageWork`."""
+        if gradients is None and self._scale_owner is not None and self._scale is None:
+            self._scale = self._scale_owner.begin(self.ring.newest)
+        self.work.backward(buffer, gradients)
+
+    def input_gradients(self, buffer: int) -> list[Tensor]:
+        """`runner.StageWork`."""
+        return self.work.input_gradients(buffer)
+
+    def run_update(self) -> None:
+        """`runner.StageWork`."""
+        outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale)
+        self.guard.skips.note(self.calls, self.ring.newest, outcome)
+        self._scale = None
+        self.work.updated(outcome)
+
+    def make_report(self, received: Tensor | None) -> Tensor:
+        """`runner.StageWork`: the losses of a finished batch and the stages' figures, on their way up."""
+        reports, guard = self.reports, self.guard
+        if received is None:
+            received = reports.first(self.work.batch_losses(), 1.0 if self._scale is None else self._scale)
+        step = self.runner.batches_finished + 1
+        report = reports.add(received, step, guard.skips.total, guard.skips.in_a_row, guard.stop_requested)
+        if self._scaler is not None:
+            self._scale = report[reports.layout.scale]
+        self._learnt.append((step, report[0].float()))
+        guard.hear(self.calls, step, report)
+        self.work.heard(step, report)
+        return report
+
+    # ---- between calls -----------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Finishes every micro-batch in flight; on all ranks. Every stage has then made as many updates as calls.
+
+        The newest weights are where the `Weights` had them at first, which hosts' checkpoints expect.
+        """
+        with self.recorder.outside_calls(), self.on_duty():
+            self.runner.drain()
+            if self.device.type == "cuda":
+                # A rank that ends takes with it what its neighbours have not received: nobody goes on before all have.
+                torch.cuda.synchronize()
+                if self.schedule.stages > 1:
+                    dist.barrier(group=self.ranks.group)
+            self.guard.settle(before=sys.maxsize)
+            if self._scaler is not None:
+                self._agree_on_scale(self._scaler())
+            self.ring.go_home()
+            self.weights.point_at(self.ring.newest_flats)
+        self.recorder.write()
+
+    def renumber(self, calls: int) -> None:
+        """Numbers versions, micro-batches and calls from ``calls`` on; nothing may be in flight."""
+        self.calls = calls
+        self.ring.restart(calls)
+        self.runner.restart(calls * self.schedule.gas)
+        self._restart_scale()
+        self.reports.clear()
+
+    def restart(self, calls: int, skipped: int) -> None:
+        """Goes on from a checkpoint of ``calls`` calls that was loaded into a drained stage.
+
+        Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, losses not asked for.
+        """
+        self.renumber(calls)
+        self._intake.clear()
+        self.guard.restart(skipped)
+        self._learnt.clear()
+
+    def change_gas(self, gas: int) -> None:
+        """Another K, on all ranks at the same call: drains, and fills anew with the next call.
+
+        Raises ValueError for a K that the weight policy cannot have, before anything has changed.
+        """
+        schedule = replace(self.schedule, gas=gas)
+        prove(schedule, self._posting, self._options.one_norm)
+        self.drain()
+        self.schedule = self.runner.schedule = schedule
+        self.ring.grow(schedule.versions_alive(self.stage))
+        self._intake.set_gas(gas)
+        self.guard.follow(schedule)
+        self._tell_methods()
+        self.renumber(self.calls)
+
+    def _tell_methods(self) -> None:
+        rule = self.weights.rule
+        if isinstance(rule, DelayAwareOptimizer):
+            rule.set_stage(Place(self.stage, self.schedule.stages, self.schedule.mean_delay(self.stage)))
+
+    # ---- the loss scale of fp16 --------------------------------------------------------------------------
+
+    def _scales_dynamically(self) -> bool:
+        return self._scaler is not None and bool(getattr(self._scaler(), "dynamic", False))
+
+    def _restart_scale(self) -> None:
+        """The last stage takes over the scaler, which a checkpoint may have replaced."""
+        self._scale, self._scale_owner = None, None
+        if self._scaler is not None and self.stage == self.schedule.stages - 1:
+            self._scale_owner = TravellingScale(self._scaler(), self.guard.horizon)
+
+    def _agree_on_scale(self, scaler: Any) -> None:
+        """On a drained pipeline: the last stage hears of every overflow, and all stages of its scaler.
+
+        So a checkpoint holds one scaler, and a resumed run scales as this one goes on to.
+        """
+        mine = [*self.guard.take_untold(), *self._intake.take_skipped()]
+        told: list[Any] = [None] * self.schedule.stages
+        dist.all_gather_object(told, mine, group=self.ranks.group)
+        self._hear_of_skipped(tuple(sorted({batch for batches in told for batch in batches})))
+        if self._scale_owner is not None:
+            self._scale_owner.settle()
+        dist.all_gather_object(told, vars(scaler), group=self.ranks.group)
+        vars(scaler).update(told[-1])
+
+
+def _mark() -> Any:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
