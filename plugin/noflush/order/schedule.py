@@ -13,7 +13,8 @@ engine adds the segment's offset. For P = 3, K = 1 (forward of m is ``Fm``, a ca
     stage 2   F0 B0  F1 B1  F2 B2     F3 B3     F4 B4
 
 Nothing drains between calls, and whatever a stage needs in call t its peers produce in calls <= t, so a
-barrier between calls is safe. METHODS: asynchronous 1F1B with the exact per-micro-batch delay (7.1).
+barrier between calls is safe. The order is PipeDream's 1F1B (Narayanan et al., SOSP 2019), with the exact delay of each
+micro-batch where Ajanthan et al. (arXiv 2505.01099) count a nominal one a stage.
 """
 
 from __future__ import annotations
