@@ -240,7 +240,7 @@ def test_dry_run_in_a_job(cluster, tmp_path):
 
 
 def test_dry_run_without_slurm(tmp_path):
-    """README's command, in a checkout: as many ranks as the arguments need."""
+    """The command of docs/slurm.md, in a checkout: as many ranks as the arguments need."""
     words = ["bash", str(BATCH), "@launch/configs/gpt-125m.args", "--mock-data", "--vocab-size", "50256"]
     environ = {"DRY_RUN": "1", "SAVE": str(tmp_path / "save"), "PYTHON": sys.executable, "PATH": os.environ["PATH"]}
     environ["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")

@@ -1,4 +1,4 @@
-"""DESIGN's laws of structure, and what is installed where."""
+"""The laws of structure (CONTRIBUTING.md), and what is installed where."""
 
 from __future__ import annotations
 

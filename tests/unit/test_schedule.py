@@ -1,4 +1,4 @@
-"""The schedule against DESIGN's formulas, golden files, and a checker that catches every way to scramble it."""
+"""The schedule against the formulas of lag and delay, golden files, and a checker of every way to scramble it."""
 
 from __future__ import annotations
 
