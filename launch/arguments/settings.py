@@ -128,10 +128,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Megatron's optimizer and schedule; lengths in samples, as its scheduler counts.
+    """Megatron's optimizer and the course of its rates; lengths in samples, as Megatron's scheduler counts.
 
     Attributes:
         name: ``adam`` or ``sgd``.
+        rates_of_arguments, rates_of_checkpoint: whose course of learning rate and weight decay counts where the two
+            differ; with neither, that is a fault.
         decay_all: whether biases and norms decay too.
     """
 
@@ -150,8 +152,8 @@ class Optimizer:
     betas: tuple[float, float]
     eps: float
     momentum: float
-    override_schedule: bool
-    checkpoint_schedule: bool
+    rates_of_arguments: bool
+    rates_of_checkpoint: bool
 
 
 @dataclass(frozen=True)

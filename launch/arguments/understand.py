@@ -15,7 +15,6 @@ from noflush.launch.arguments.of_model import read_model, read_ranks
 from noflush.launch.arguments.of_training import read_batch, read_steps
 from noflush.launch.arguments.parser import ArgumentsError, read
 from noflush.launch.arguments.settings import Settings
-from noflush.launch.arguments.values import Values
 
 
 def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[str]]]:
@@ -23,9 +22,8 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
 
     Raises ArgumentsError listing every fault.
     """
-    given = read(argv)
-    of = Values(given)
-    of.check_ranges()
+    of = read(argv)
+    of.check()
     config = read_config(of.deepspeed_config, of.faults)
     ranks = read_ranks(of, world)
     model = read_model(of, ranks)
@@ -51,12 +49,12 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
         logs=read_logs(of),
         precision=precision,
         deepspeed=deepspeed,
-        dry_run=of.dry_run,
+        **of.taken("settings"),
         notes=tuple(of.notes),
     )
     if of.faults:
         raise ArgumentsError(of.faults)
-    return settings, given.without_meaning
+    return settings, of.without_meaning
 
 
 def _precision_of(config: Mapping[str, Any]) -> Any:

@@ -26,7 +26,7 @@ PURE = [
     "launch.ranks",
     "launch.signals",
     "launch.arguments.parser",
-    "launch.arguments.meaning",
+    "launch.arguments.options",
     "launch.arguments.settings",
     "launch.arguments.progress",
     "launch.gpt.size",
