@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from noflush.config import AsyncPipelineConfig
+
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Positions = Literal["learned_absolute", "rope", "none"]
 Implementation = Literal["local", "transformer_engine"]
@@ -239,6 +241,7 @@ class Settings:
 
     Attributes:
         deepspeed: the config that ``deepspeed.initialize`` gets.
+        block: its ``async_pipeline`` block; None where DeepSpeed's own pipeline runs.
         notes: what to say at the start.
     """
 
@@ -253,6 +256,7 @@ class Settings:
     logs: Logs
     precision: Literal["fp32", "bf16", "fp16"]
     deepspeed: dict[str, Any]
+    block: AsyncPipelineConfig | None
     dry_run: bool
     notes: tuple[str, ...]
 

@@ -14,6 +14,7 @@ from noflush.launch.arguments.of_files import read_checkpoints, read_data, read_
 from noflush.launch.arguments.of_model import read_model, read_ranks
 from noflush.launch.arguments.of_training import read_batch, read_steps
 from noflush.launch.arguments.parser import ArgumentsError, read
+from noflush.launch.arguments.pipelining import checked_block
 from noflush.launch.arguments.settings import Settings
 
 
@@ -36,7 +37,8 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     if not of.named.keys() & {"fp16", "bf16"}:
         precision = _precision_of(config)
     of.note_without(precision != "fp32", "--fp16 or --bf16", "fp16_lm_cross_entropy")
-    deepspeed = complete(of, config, ranks, batch, optimizer, precision, model.tied)
+    deepspeed = complete(of, config, ranks, batch, optimizer, precision)
+    block = checked_block(deepspeed, ranks, model, of.faults)
     settings = Settings(
         model=model,
         ranks=ranks,
@@ -49,6 +51,7 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
         logs=read_logs(of),
         precision=precision,
         deepspeed=deepspeed,
+        block=block,
         **of.taken("settings"),
         notes=tuple(of.notes),
     )

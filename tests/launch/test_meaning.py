@@ -103,7 +103,11 @@ def test_what_takes_effect_is_read():
 def test_every_setting_is_used():
     """What the arguments are understood as reaches the run."""
     used = names_read(path for path in LAUNCH.rglob("*.py") if not path.name.startswith(("settings", "of_")))
-    classes = [c for c in vars(settings_module).values() if dataclasses.is_dataclass(c)]
+    classes = [
+        c
+        for c in vars(settings_module).values()
+        if dataclasses.is_dataclass(c) and c.__module__ == settings_module.__name__
+    ]
     unused = [f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c) if f.name not in used]
     assert not unused
 

@@ -27,6 +27,7 @@ PURE = [
     "launch.signals",
     "launch.arguments.parser",
     "launch.arguments.options",
+    "launch.arguments.pipelining",
     "launch.arguments.settings",
     "launch.arguments.progress",
     "launch.gpt.size",
