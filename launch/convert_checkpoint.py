@@ -12,7 +12,11 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.launch.arguments.settings import Model, Tokens
 from noflush.launch.data.tokenizer import TRUST, make_tokenizer

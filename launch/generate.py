@@ -10,7 +10,12 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from runpy import run_path
 from typing import Any
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.data.tokenizer import TRUST, TYPES, Tokenizer, make_tokenizer, untrusted

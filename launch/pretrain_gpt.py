@@ -15,7 +15,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.config import ConfigError
 from noflush.launch.arguments.parser import ArgumentsError, expand
