@@ -1,8 +1,8 @@
 """A script of this folder that is run by its path runs the code beside it, or says that it does not.
 
-``python launch/pretrain_gpt.py`` in a checkout imports the installed ``noflush.launch``: after ``pip install .`` that is
-a copy, which edits of the checkout never reach. Scripts run this file by its path before they import anything of
-noflush, for a copy may be too old to have it. Imports noflush alone.
+``python launch/pretrain_gpt.py`` in a checkout imports the installed ``noflush.launch``: after ``pip install .`` a
+copy, which edits of the checkout never reach. Scripts run this file by its path before they import anything of noflush,
+for a copy may be too old to have it. Imports noflush alone.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from noflush.launch.arguments.files import paths_from_files
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
 from noflush.launch.arguments.values import Values
-from noflush.launch.training.checkpoint_files import read_position
+from noflush.launch.training.beside_weights import read_position
 from noflush.stage.checkpoint import CheckpointError, newest_complete
 
 

@@ -32,7 +32,7 @@ PURE = [
     "launch.arguments.progress",
     "launch.gpt.size",
     "launch.refusal",
-    "launch.training.checkpoint_faults",
+    "launch.training.folder_faults",
     "launch.training.folder_lock",
 ]
 """Modules, and packages with all in them, that are read before training and import no torch."""
