@@ -12,11 +12,15 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.launch.arguments.settings import Model, Tokens
 from noflush.launch.data.tokenizer import TRUST, make_tokenizer
-from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, read_tokens
+from noflush.launch.training.beside_weights import checkpoint_in, read_model, read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +79,7 @@ def to_hf(
     Without ``tokens`` the tokenizer is the run's, if its files are still there; ``trust_remote_code`` is for its code.
     Raises ValueError.
     """
-    from noflush.launch.convert.checkpoint import read_weights
+    from noflush.launch.convert.state_dict import read_weights
     from noflush.launch.convert.folder import write_folder
     from noflush.launch.convert.hugging_face import layout_of, to_hugging_face
 
@@ -104,7 +108,7 @@ def to_hf(
 def from_hf(folder: str, out: str, dtype: str | None, tensor_parallel: int = 1, vocabulary_multiple: int = 1) -> Model:
     """Writes the Hugging Face folder ``folder`` as checkpoint ``out``, `ARGUMENTS` beside it. Raises ValueError."""
     from noflush.launch.convert.arguments import arguments_of
-    from noflush.launch.convert.checkpoint import pad_vocabulary, write_checkpoint
+    from noflush.launch.convert.state_dict import pad_vocabulary, write_checkpoint
     from noflush.launch.convert.folder import read_folder
     from noflush.launch.convert.hugging_face import from_hugging_face
 

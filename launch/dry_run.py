@@ -7,19 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from noflush.launch.arguments.pipelining import schedule_of
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
 from noflush.order.plan import communicator_line, human_bytes, make_plan
-from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed.faults import check_config
-
-
-def schedule_of(settings: Settings) -> Schedule:
-    """The schedule that the run will have; the flush twin's where the block is off."""
-    block = check_config(settings.deepspeed)
-    if block is None:
-        return Schedule(settings.ranks.pipeline, settings.gas, "1f1b_flush")
-    return Schedule(settings.ranks.pipeline, settings.gas, block.schedule, block.weights, block.extra_in_flight)
 
 
 def ranks_of_stage(ranks: Ranks, stage: int) -> str:
@@ -59,7 +50,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
             human_bytes(needed.total),
         )
     console.print(table)
-    if check_config(settings.deepspeed) is not None:
+    if settings.block is not None:
         console.print(communicator_line(plan), highlight=False)
         console.print(
             f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it", highlight=False

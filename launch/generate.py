@@ -10,11 +10,16 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from runpy import run_path
 from typing import Any
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.data.tokenizer import TRUST, TYPES, Tokenizer, make_tokenizer, untrusted
-from noflush.launch.training.checkpoint_files import checkpoint_in, read_model, read_tokens
+from noflush.launch.training.beside_weights import checkpoint_in, read_model, read_tokens
 
 _ATTENTION = "eager"  # that every one of transformers' models has
 
@@ -46,7 +51,7 @@ def load_model(folder: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from noflush.launch.convert.checkpoint import read_weights
+    from noflush.launch.convert.state_dict import read_weights
     from noflush.launch.convert.folder import is_hugging_face
     from noflush.launch.convert.hugging_face import to_hugging_face
 

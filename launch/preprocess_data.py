@@ -14,7 +14,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from runpy import run_path
 from types import FrameType
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.data.tokenizer import TYPES, make_tokenizer

@@ -15,7 +15,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from runpy import run_path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__" and not __package__:  # run by its path
+    run_path(str(Path(__file__).with_name("own_code.py")))["or_exit"](__file__)
 
 from noflush.config import ConfigError
 from noflush.launch.arguments.parser import ArgumentsError, expand
@@ -44,8 +48,8 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.arguments.files import file_faults, token_id_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer
-    from noflush.launch.training.checkpoint_faults import folder_faults, listed_part_faults, load_part_faults
-    from noflush.launch.training.checkpoints import model_faults
+    from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults
+    from noflush.launch.training.checkpoint import model_faults
     from noflush.launch.training.devices import device_faults
     from noflush.launch.training.vocabulary import with_vocabulary
     from noflush.launch.training.writers import board_needed
@@ -119,7 +123,7 @@ def prepare(
     from noflush.launch.arguments.progress import Position, steps_from, traced
     from noflush.launch.data.datasets import build_datasets
     from noflush.launch.data.tokenizer import make_tokenizer
-    from noflush.launch.training import checkpoints
+    from noflush.launch.training import checkpoint
     from noflush.launch.training.loop import Training, say
     from noflush.launch.training.start import build_engine, join
 

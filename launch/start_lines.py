@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from noflush.config import BLOCK, parse_block
+from noflush.config import BLOCK
 from noflush.launch.arguments.settings import Settings
 from noflush.launch.gpt.size import describe
 
@@ -25,7 +25,7 @@ def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[st
         f"{settings.batch.micro}, global batch {settings.batch.global_size} (K = {settings.gas}); "
         f"{settings.precision}; {length}",
     ]
-    if parse_block(settings.deepspeed) is None:
+    if settings.block is None:
         lines.append(f"{BLOCK} is not enabled: DeepSpeed's own schedule, with its flush")
     lines += settings.notes
     for kind, names in without_meaning.items():

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from noflush.config import BLOCK, ConfigError
+from noflush.launch.arguments.pipelining import SWITCHED_ON, asked_for
 from noflush.launch.arguments.settings import Batch, Optimizer, Ranks
 from noflush.methods.table import METHODS
-from noflush.patches.deepspeed.faults import RunFacts, check_config, check_run
 
 
 class Found(Protocol):
@@ -28,7 +27,7 @@ class Found(Protocol):
 def read_config(path: str | None, faults: list[str]) -> dict[str, Any]:
     """The config in ``path``; without one, noflush switched on and nothing else."""
     if path is None:
-        return {BLOCK: {"enabled": True}}
+        return dict(SWITCHED_ON)
     import hjson  # DeepSpeed's own reader, which allows comments
 
     try:
@@ -71,7 +70,6 @@ def complete(
     batch: Batch,
     optimizer: Optimizer,
     precision: str,
-    tied: bool,
 ) -> dict[str, Any]:
     """``config`` with what the arguments say; adds faults where they differ."""
     ds = copy.deepcopy(dict(config))
@@ -89,7 +87,6 @@ def complete(
         _sum_in_float32(of, ds)
     _set_zero(of, ds, precision)
     _set_optimizer(of, ds, optimizer)
-    _check(of, ds, ranks, tied)
     return ds
 
 
@@ -219,7 +216,6 @@ def _set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer) -> None:
             if name in of.named:
                 of.notes.append(f"{of.named[name]}: the optimizer is the one in the DeepSpeed config, with its own")
         return
-    enabled = isinstance(ds.get(BLOCK), Mapping) and ds[BLOCK].get("enabled", True)
     if optimizer.name == "sgd":
         params = {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay[0]}
         ds["optimizer"] = {"type": "SGD", "params": params}
@@ -230,33 +226,13 @@ def _set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer) -> None:
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay[0],
     }
-    if enabled:
+    schedule = asked_for(ds)
+    if schedule is not None:
         ds["optimizer"] = {"type": "PipeDreamAdamW", "params": params}
-        if ds[BLOCK].get("schedule", "1f1b_no_flush") == "1f1b_no_flush":
+        if schedule == "1f1b_no_flush":
             of.notes.append(
                 "training with Adam, as --optimizer says. For the delay-aware method add to the DeepSpeed config: "
                 f'"optimizer": {{"type": "{next(iter(METHODS))}", "params": {{"betas": [0.99, 0.999]}}}}'
             )
     else:
         ds["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": True}}
-
-
-def _check(of: Found, ds: dict[str, Any], ranks: Ranks, tied: bool) -> None:
-    """noflush's own checks, among this run's faults."""
-    import deepspeed
-
-    try:
-        if check_config(ds) is not None:
-            zero = ds.get("zero_optimization")
-            facts = RunFacts(
-                stages=ranks.pipeline,
-                layers=max(ranks.pipeline, of.values["num_layers"] or 1),
-                gas=ds["gradient_accumulation_steps"],
-                zero_stage=int(zero.get("stage") or 0) if isinstance(zero, Mapping) else 0,
-                tied_keys=("embedding",) if tied and ranks.pipeline > 1 else (),
-                deepspeed_version=deepspeed.__version__,
-                untie="pass --untie-embeddings-and-output-weights",
-            )
-            check_run(ds, facts)
-    except ConfigError as error:
-        of.faults += error.faults

@@ -8,7 +8,7 @@ from noflush.launch.arguments.files import paths_from_files
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Checkpoints, Data, Logs, Tokens
 from noflush.launch.arguments.values import Values
-from noflush.launch.training.checkpoint_files import read_position
+from noflush.launch.training.beside_weights import read_position
 from noflush.stage.checkpoint import CheckpointError, newest_complete
 
 
@@ -25,22 +25,13 @@ def read_data(of: Values) -> Data:
         )
     if by_split and not splits[0]:
         of.faults.append("--valid-data-path or --test-data-path without --train-data-path: add it")
-    if of.dataloader_type == "external":
-        of.faults.append("--dataloader-type external: use single or cyclic")
-    if of.data_impl not in (None, "mmap", "infer"):
-        of.faults.append(f"--data-impl {of.data_impl}: only mmap is read; preprocess the data with preprocess_data.py")
     return Data(
+        **of.taken("data"),
         blend=tuple(blend) if blend else None,
         splits=tuple(tuple(s) if s else None for s in splits) if by_split else None,
         split=None if by_split else of.split,
-        cache=of.data_cache_path,
         mock=bool(of.mock_data),
         order=of.dataloader_type or "single",
-        workers=of.num_workers,
-        reset_positions=of.reset_position_ids,
-        reset_mask=of.reset_attention_mask,
-        mask_eod=of.eod_mask_loss,
-        mmap=of.mmap_bin_files,
     )
 
 
@@ -52,15 +43,7 @@ def read_tokens(of: Values) -> Tokens:
         kind = "HuggingFaceTokenizer"
     if kind is None and of.vocab_size:
         kind = "NullTokenizer"
-    return Tokens(
-        type=kind,
-        model=of.tokenizer_model,
-        vocab_file=of.vocab_file,
-        merge_file=of.merge_file,
-        vocab_size=of.vocab_size,
-        extra_ids=of.vocab_extra_ids,
-        trust_remote_code=of.trust_remote_code,
-    )
+    return Tokens(**of.taken("tokens"), type=kind)
 
 
 def read_checkpoints(of: Values) -> Checkpoints:
@@ -72,15 +55,13 @@ def read_checkpoints(of: Values) -> Checkpoints:
     of.note_without(bool(load), "--load", "load_tag", "ckpt_step")
     of.note_without(bool(of.save), "--save", "save_interval")
     return Checkpoints(
-        save=of.save,
+        **of.taken("checkpoints"),
         load=load,
         tag=tag,
         finetune=finetune,
         load_optimizer=not (finetune or of.no_load_optim),
         load_rng=not (finetune or of.no_load_rng),
         save_rng=not of.no_save_rng,
-        must_exist=of.exit_on_missing_checkpoint,
-        trusted=of.trust_checkpoint,
     )
 
 
@@ -112,16 +93,7 @@ def read_logs(of: Values) -> Logs:
     if project and not of.wandb_exp_name:
         of.faults.append(f"--wandb-project {project} without --wandb-exp-name: name the experiment")
     return Logs(
-        tensorboard_dir=of.tensorboard_dir,
-        tensorboard_every=of.tensorboard_log_interval,
-        tensorboard_queue=of.tensorboard_queue_size,
-        timers=of.log_timers_to_tensorboard,
-        memory=of.log_memory_to_tensorboard,
-        world_size=of.log_world_size_to_tensorboard,
-        learning_rate=of.log_learning_rate_to_tensorboard,
-        loss_scale=of.log_loss_scale_to_tensorboard,
-        validation_perplexity=of.log_validation_ppl_to_tensorboard,
-        throughput=of.log_throughput,
+        **of.taken("logs"),
         wandb_project=project,
         wandb_name=of.wandb_exp_name or None,
         wandb_dir=of.wandb_save_dir or None,

@@ -21,7 +21,7 @@ def read_ranks(of: Values, world: int) -> Ranks:
         )
     if of.no_pipeline_parallel and pipeline > 1:
         of.faults.append(f"--no-pipeline-parallel with --pipeline-model-parallel-size {pipeline}: take one out")
-    return Ranks(world, tensor, pipeline, of.distributed_backend, of.distributed_timeout_minutes)
+    return Ranks(**of.taken("ranks"), world=world, tensor=tensor, pipeline=pipeline)
 
 
 def read_model(of: Values, ranks: Ranks) -> Model:
@@ -71,8 +71,6 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         of.faults.append(f"{' and '.join(of.named[n] for n in activations)}: give one")
     names = {"swiglu": "silu", "quick_geglu": "quick_gelu"}
     activation = names.get(activations[0], activations[0]) if activations else "gelu"
-    if of.mlp_type != "standard":
-        of.faults.append(f"--mlp-type {of.mlp_type}: mixture of experts is not supported; use standard")
     rotary = "rotary_base", "rope_theta", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor"
     of.note_without(positions == "rope", "--position-embedding-type rope", *rotary, "use_rope_scaling")
     of.note_without(of.use_rope_scaling, "--use-rope-scaling", "rope_scaling_factor")
@@ -88,16 +86,13 @@ def read_model(of: Values, ranks: Ranks) -> Model:
             f"--padded-vocab-size {of.padded_vocab_size} on --tensor-model-parallel-size {ranks.tensor}: it must be a "
             "multiple of it"
         )
-    if of.transformer_impl == "inference_optimized":
-        of.faults.append(
-            "--transformer-impl inference_optimized: its layers cannot be trained; use local or transformer_engine"
-        )
     if of.transformer_impl == "transformer_engine" and of.reset_attention_mask:
         of.faults.append(
             "--transformer-impl transformer_engine with --reset-attention-mask: its causal attention would overlook "
             "the mask; use --transformer-impl local"
         )
     return Model(
+        **of.taken("model"),
         layers=layers,
         hidden=hidden,
         ffn_hidden=ffn,
@@ -109,28 +104,12 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         positions=positions,
         tied=not of.untie_embeddings_and_output_weights,
         normalization="RMSNorm" if of.normalization.lower() == "rmsnorm" else "LayerNorm",
-        norm_epsilon=of.layernorm_epsilon,
         activation=activation,
         gated=gated or bool(of.quick_geglu),
-        bias=of.add_bias_linear,
-        qkv_bias=of.add_qkv_bias,
-        qk_norm=of.qk_layernorm,
-        post_norm_residual=of.apply_residual_connection_post_layernorm,
-        softmax_in_fp32=of.attention_softmax_in_fp32,
-        loss_in_low_precision=of.fp16_lm_cross_entropy,
-        attention_dropout=of.attention_dropout,
-        hidden_dropout=of.hidden_dropout,
-        init_std=of.init_method_std,
-        embedding_init_std=of.embedding_init_method_std,
-        xavier_init=of.init_method_xavier_uniform,
         rope_base=of.one_of("rotary_base", "rope_theta"),
-        rope_percent=of.rotary_percent,
-        rope_interleaved=of.rotary_interleaved,
-        rope_interpolation=of.rotary_seq_len_interpolation_factor,
         rope_scaling=of.rope_scaling_factor if of.use_rope_scaling else None,
         pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor,
         vocabulary=of.padded_vocab_size or 0,
-        transformer_impl=of.transformer_impl,
     )
 
 
@@ -163,8 +142,6 @@ def _positions(of: Values) -> Any:
             )
         return "rope"
     kind = of.position_embedding_type
-    if kind not in ("learned_absolute", "rope", "none"):
-        of.faults.append(f"--position-embedding-type {kind}: use learned_absolute, rope or none")
     if not of.add_position_embedding and kind == "learned_absolute":
         return "none"
     return kind

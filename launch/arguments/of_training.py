@@ -1,4 +1,4 @@
-"""What the arguments say of batches, lengths, the optimizer and its schedule."""
+"""What the arguments say of batches, lengths, the optimizer and its learning rate."""
 
 from __future__ import annotations
 
@@ -87,19 +87,13 @@ def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple
     of.note_without(of.exit_signal_handler, "--exit-signal-handler", "exit_signal")
     return (
         Steps(
+            **of.taken("steps"),
             iterations=iterations,
             samples=samples,
             by_samples=by_samples,
             in_iterations=_in_iterations(of),
             eval_every=of.eval_interval or 1000,
-            eval_iterations=of.eval_iters,
-            save_every=of.save_interval,
-            log_every=of.log_interval,
-            exit_every=of.exit_interval,
-            exit_after_minutes=of.exit_duration_in_mins,
             exit_signals=signals,
-            skip_train=of.skip_train,
-            seed=of.seed,
             recompute=recompute,
             recompute_layers=recompute_layers,
         ),
@@ -189,26 +183,15 @@ def _optimizer(of: Values, course: Course, samples: int, sequence: int, known: b
             "--weight-decay-incr-style, the second no less than the first"
         )
         decays = (0.0, 0.0)
-    if of.optimizer not in ("adam", "sgd"):
-        of.faults.append(f'--optimizer {of.optimizer}: use adam or sgd, or an "optimizer" section in ds_config.json')
     if of.override_opt_param_scheduler and of.use_checkpoint_opt_param_scheduler:
         of.faults.append("--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler: give one")
     return Optimizer(
-        name=of.optimizer,
+        **of.taken("optimizer"),
         lr=lr,
         min_lr=min_lr,
-        lr_init=of.lr_warmup_init,
-        decay_style=of.lr_decay_style,
         warmup_samples=warmup,
         decay_samples=decay,
-        wsd_style=of.lr_wsd_decay_style,
         wsd_samples=wsd,
         weight_decay=decays,
-        weight_decay_style=of.weight_decay_incr_style,
-        decay_all=of.apply_wd_to_all,
         betas=(of.adam_beta1, of.adam_beta2),
-        eps=of.adam_eps,
-        momentum=of.sgd_momentum,
-        override_schedule=of.override_opt_param_scheduler,
-        checkpoint_schedule=of.use_checkpoint_opt_param_scheduler,
     )

@@ -1,4 +1,4 @@
-"""The parser: Megatron's options as ``options.json`` lists them, and what was given on a command line.
+"""The parser: what was given on a command line, of the options in the table (`options`).
 
 An option without meaning is collected for one warning, one that would change the result becomes a fault. Words that
 are no option at all are faults too: nothing is swallowed.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from noflush.launch.arguments.meaning import OLDER, ONE_IS_NONE, alternative, no_meaning
+from noflush.launch.arguments.options import by_dest, gone, options
+from noflush.launch.arguments.values import Values
 
 
 class ArgumentsError(ValueError):
@@ -31,53 +30,11 @@ class ArgumentsError(ValueError):
         return type(self), (self.faults,)
 
 
-@dataclass(frozen=True)
-class Given:
-    """A command line, read.
-
-    Attributes:
-        values: every option's value by its attribute name, Megatron's defaults where it was not given.
-        named: attribute names of the options that were given, with the option as it was written.
-        without_meaning: options given that have no meaning here, by what kind of thing they are about.
-        faults: what is wrong so far.
-    """
-
-    values: dict[str, Any]
-    named: dict[str, str]
-    without_meaning: dict[str, list[str]]
-    faults: list[str]
-
-
-@cache
-def options() -> list[dict[str, Any]]:
-    """Megatron's options, from both parsers: option strings, attribute name, kind, type, arity, default, choices."""
-    found: list[dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text())
-    return found
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ArgumentsError([message])
 
 
-# noflush's own: option, attribute, default, what argparse makes of it.
-_OWN: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
-    ("--dry-run", "dry_run", False, {"action": "store_true", "help": "print plan, ranks, memory; start nothing"}),
-    ("--world-size", "world_size", None, {"type": int, "help": "how many ranks --dry-run plans for"}),
-    (
-        "--trust-checkpoint",
-        "trust_checkpoint",
-        False,
-        {"action": "store_true", "help": "--load runs whatever code the checkpoint's pickles hold"},
-    ),
-    ("--relu", "relu", False, {"action": "store_true", "help": "ReLU in the MLP, where Megatron has GELU"}),
-    (
-        "--apply-wd-to-all",
-        "apply_wd_to_all",
-        False,
-        {"action": "store_true", "help": "decay every parameter; Megatron leaves out biases and norms"},
-    ),
-)
 _BESIDE = "--deepspeed_config"
 
 _TYPES: dict[str, Callable[[str], Any]] = {
@@ -98,25 +55,22 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a GPT with Megatron's arguments; @FILE reads arguments from a file.",
     )
     for option in options():
-        kind, strings, dest = option["kind"], option["options"], option["dest"]
+        strings, dest, said = option.options, option.dest, option.help or argparse.SUPPRESS
         # Attributes that two options share (--wgrad and --no-wgrad) are written by both.
-        if kind == "value":
-            convert = _TYPES[option["type"]]
-            choices = option.get("choices")
+        if option.kind == "value":
+            convert, choices = _TYPES[option.type], option.choices
             parser.add_argument(
                 *strings,
                 dest=dest,
                 type=convert,
-                nargs=option.get("nargs"),
+                nargs=option.nargs,
                 choices=None if choices is None else [convert(str(choice)) for choice in choices],
-                help=argparse.SUPPRESS,
+                help=said,
             )
-        elif kind == "boolean":
-            parser.add_argument(*strings[:1], dest=dest, action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
+        elif option.kind == "boolean":
+            parser.add_argument(*strings[:1], dest=dest, action=argparse.BooleanOptionalAction, help=said)
         else:
-            parser.add_argument(*strings, dest=dest, action="store_const", const=kind == "true", help=argparse.SUPPRESS)
-    for string, dest, _, how in _OWN:
-        parser.add_argument(string, dest=dest, **how)
+            parser.add_argument(*strings, dest=dest, action="store_const", const=option.kind == "true", help=said)
     return parser
 
 
@@ -161,13 +115,7 @@ def _with_config_beside(words: list[str], folder: Path) -> list[str]:
     return found
 
 
-def default_of(option: dict[str, Any]) -> Any:
-    """The value an option's attribute has when it is not given."""
-    kind = option["kind"]
-    return option.get("default") if kind in ("value", "boolean") else kind == "false"
-
-
-def read(argv: list[str]) -> Given:
+def read(argv: list[str]) -> Values:
     """Reads a command line.
 
     Raises ArgumentsError for what cannot be read at all; other faults are collected.
@@ -175,7 +123,7 @@ def read(argv: list[str]) -> Given:
     faults: list[str] = []
     argv = expand(argv)
     namespace, unknown = make_parser().parse_known_args(argv)
-    known = [string for option in options() for string in option["options"]]
+    known = [string for option in options() for string in option.options]
     its_value = False
     for word in unknown:
         name = word.split("=")[0]
@@ -185,50 +133,32 @@ def read(argv: list[str]) -> Given:
             continue
         # What follows an option that does not exist is its value, and no fault of its own.
         its_value = "=" not in word
-        if name in OLDER:
-            faults.append(f"{name}: {OLDER[name]}")
+        if name in gone():
+            faults.append(f"{name}: {gone()[name]}")
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "Megatron-LM and Megatron-DeepSpeed have no such option"
         faults.append(f"{name} is not an option: {hint}")
     given: dict[str, Any] = vars(namespace)
-    values = dict(defaults())
-    named = {dest: string for string, dest, _, _ in _OWN if dest in given}
+    named: dict[str, str] = {}
     without_meaning: dict[str, list[str]] = {}
     for option in options():
-        dest = option["dest"]
-        default = default_of(option)
+        dest = option.dest
         if dest not in given:
             continue
-        written = _as_written(option["options"], argv)
+        written = _as_written(option.options, argv)
         if written is None:
             continue
         named[dest] = written
-        why = alternative(dest)
-        kind = no_meaning(dest)
-        if why and not _harmless(dest, given[dest], default):
-            shown = "" if option["kind"] != "value" else f" {given[dest]}"
-            faults.append(f"{written}{shown}: {why}")
-        elif kind and written not in without_meaning.setdefault(kind, []):
-            without_meaning[kind].append(written)
-    values.update(given)
-    return Given(values, named, {kind: names for kind, names in without_meaning.items() if names}, faults)
+        if option.meaning == "refused" and not option.harmless(given[dest]):
+            shown = "" if option.kind != "value" else f" {given[dest]}"
+            faults.append(f"{written}{shown}: {option.why}")
+        elif option.meaning == "ignored" and written not in without_meaning.setdefault(option.why, []):
+            without_meaning[option.why].append(written)
+    values = {dest: option.absent for dest, option in by_dest().items()} | given
+    return Values(values, named, without_meaning, faults)
 
 
-def _as_written(strings: list[str], argv: list[str]) -> str | None:
+def _as_written(strings: tuple[str, ...], argv: list[str]) -> str | None:
     words = {word.split("=")[0] for word in argv}
     return next((string for string in strings if string in words), None)
-
-
-@cache
-def defaults() -> dict[str, Any]:
-    """Every option's value by its attribute name, when it is not given."""
-    found = {dest: default for _, dest, default, _ in _OWN}
-    for option in options():
-        found.setdefault(option["dest"], default_of(option))
-    return found
-
-
-def _harmless(dest: str, value: Any, default: Any) -> bool:
-    """Whether a refused option was given at a value that changes nothing."""
-    return value == default or (dest in ONE_IS_NONE and value in (1, [1]))

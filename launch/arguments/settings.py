@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from noflush.config import AsyncPipelineConfig
+
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Positions = Literal["learned_absolute", "rope", "none"]
 Implementation = Literal["local", "transformer_engine"]
@@ -128,10 +130,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Megatron's optimizer and schedule; lengths in samples, as its scheduler counts.
+    """Megatron's optimizer and the course of its rates; lengths in samples, as Megatron's scheduler counts.
 
     Attributes:
         name: ``adam`` or ``sgd``.
+        rates_of_arguments, rates_of_checkpoint: whose course of learning rate and weight decay counts where the two
+            differ; with neither, that is a fault.
         decay_all: whether biases and norms decay too.
     """
 
@@ -150,8 +154,8 @@ class Optimizer:
     betas: tuple[float, float]
     eps: float
     momentum: float
-    override_schedule: bool
-    checkpoint_schedule: bool
+    rates_of_arguments: bool
+    rates_of_checkpoint: bool
 
 
 @dataclass(frozen=True)
@@ -237,6 +241,7 @@ class Settings:
 
     Attributes:
         deepspeed: the config that ``deepspeed.initialize`` gets.
+        block: its ``async_pipeline`` block; None where DeepSpeed's own pipeline runs.
         notes: what to say at the start.
     """
 
@@ -251,6 +256,7 @@ class Settings:
     logs: Logs
     precision: Literal["fp32", "bf16", "fp16"]
     deepspeed: dict[str, Any]
+    block: AsyncPipelineConfig | None
     dry_run: bool
     notes: tuple[str, ...]
 

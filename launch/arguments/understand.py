@@ -14,8 +14,8 @@ from noflush.launch.arguments.of_files import read_checkpoints, read_data, read_
 from noflush.launch.arguments.of_model import read_model, read_ranks
 from noflush.launch.arguments.of_training import read_batch, read_steps
 from noflush.launch.arguments.parser import ArgumentsError, read
+from noflush.launch.arguments.pipelining import checked_block
 from noflush.launch.arguments.settings import Settings
-from noflush.launch.arguments.values import Values
 
 
 def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[str]]]:
@@ -23,9 +23,8 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
 
     Raises ArgumentsError listing every fault.
     """
-    given = read(argv)
-    of = Values(given)
-    of.check_ranges()
+    of = read(argv)
+    of.check()
     config = read_config(of.deepspeed_config, of.faults)
     ranks = read_ranks(of, world)
     model = read_model(of, ranks)
@@ -38,7 +37,8 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     if not of.named.keys() & {"fp16", "bf16"}:
         precision = _precision_of(config)
     of.note_without(precision != "fp32", "--fp16 or --bf16", "fp16_lm_cross_entropy")
-    deepspeed = complete(of, config, ranks, batch, optimizer, precision, model.tied)
+    deepspeed = complete(of, config, ranks, batch, optimizer, precision)
+    block = checked_block(deepspeed, ranks, model, of.faults)
     settings = Settings(
         model=model,
         ranks=ranks,
@@ -51,12 +51,13 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
         logs=read_logs(of),
         precision=precision,
         deepspeed=deepspeed,
-        dry_run=of.dry_run,
+        block=block,
+        **of.taken("settings"),
         notes=tuple(of.notes),
     )
     if of.faults:
         raise ArgumentsError(of.faults)
-    return settings, given.without_meaning
+    return settings, of.without_meaning
 
 
 def _precision_of(config: Mapping[str, Any]) -> Any:

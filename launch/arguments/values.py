@@ -3,77 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-from noflush.launch.arguments.parser import Given, defaults
-
-# What numbers must be, by attribute; those that are needed are checked where they are read.
-_RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
-    (
-        "ffn_hidden_size kv_channels num_query_groups num_key_value_heads make_vocab_size_divisible_by vocab_size "
-        "padded_vocab_size rotary_base rope_theta rotary_seq_len_interpolation_factor recompute_num_layers "
-        "checkpoint_num_layers train_iters train_samples train_tokens exit_interval "
-        "log_interval save_interval eval_interval tensorboard_log_interval tensorboard_queue_size world_size "
-        "distributed_timeout_minutes initial_loss_scale loss_scale_window hysteresis",
-        "1 or more",
-        lambda value: value >= 1,
-    ),
-    (
-        "vocab_extra_ids lr_decay_iters lr_decay_samples lr_decay_tokens lr_warmup_iters lr_warmup_samples "
-        "lr_warmup_tokens lr_warmup_init lr_wsd_decay_iters lr_wsd_decay_samples min_lr weight_decay "
-        "start_weight_decay end_weight_decay clip_grad loss_scale min_loss_scale init_method_std "
-        "embedding_init_method_std num_workers eval_iters ckpt_step zero_stage "
-        "exit_duration_in_mins",
-        "0 or more",
-        lambda value: value >= 0,
-    ),
-    ("lr layernorm_epsilon adam_eps rope_scaling_factor", "more than 0", lambda value: value > 0),
-    (
-        "attention_dropout hidden_dropout adam_beta1 adam_beta2 sgd_momentum lr_warmup_fraction",
-        "at least 0 and below 1",
-        lambda value: 0 <= value < 1,
-    ),
-    ("rotary_percent", "more than 0 and at most 1", lambda value: 0 < value <= 1),
-    ("seed", "between 0 and 2^32 - 1", lambda value: 0 <= value < 2**32),
-)
-
-_MOST = 2**40
-"""No number of an argument list is larger."""
-_MOST_OF = {
-    # Made one by one before training starts.
-    "num_layers": 2**16,
-    "num_workers": 2**12,
-    "tensorboard_queue_size": 2**20,
-    # What clocks can count.
-    "distributed_timeout_minutes": 60 * 24 * 365,
-    "exit_duration_in_mins": 2**32,
-}
+from noflush.launch.arguments.options import RULES, by_dest
 
 
 class Values:
-    """The values of a command line, and the faults found in them."""
+    """A command line, read.
 
-    def __init__(self, given: Given) -> None:
-        self.values = given.values
-        self.named = given.named
-        self.faults = list(given.faults)
+    Attributes:
+        values: every option's value by its attribute name, Megatron's defaults where it was not given.
+        named: attribute names of the options that were given, with the option as it was written.
+        without_meaning: options given that have no meaning here, by what kind of thing they are about.
+        faults, notes: what is wrong, and what is to be said at the start, so far.
+    """
+
+    def __init__(
+        self, values: dict[str, Any], named: dict[str, str], without_meaning: dict[str, list[str]], faults: list[str]
+    ) -> None:
+        self.values = values
+        self.named = named
+        self.without_meaning = without_meaning
+        self.faults = faults
         self.notes: list[str] = []
         self._unknown: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         return self.values[name]
 
+    def taken(self, section: str) -> dict[str, Any]:
+        """The fields of a section of the settings that are options' values as they stand."""
+        found = {}
+        for dest, option in by_dest().items():
+            of, _, field = (option.sets or "").partition(".")
+            if of == section:
+                found[field] = self.values[dest]
+        return found
+
     def needed(self, name: str) -> int:
-        """A whole number of one or more that must be given; 1 where it is not, with a fault."""
-        value = self.values[name]
+        """A whole number that must be given, by its option's rule; 1 where it is not, with a fault."""
+        value, row = self.values[name], by_dest()[name]
         option = "--" + name.replace("_", "-")
         if value is None:
             self.faults.append(f"{option} is missing: every Megatron GPT run needs it")
-        elif value < 1:
-            self.faults.append(f"{option} is {value}: it must be 1 or more")
-        elif value > _MOST_OF.get(name, _MOST):
-            self.faults.append(f"{option} is {value}: it must be at most {_MOST_OF.get(name, _MOST)}")
+        elif (rule := _broken(value, row.rule, row.most)) is not None:
+            self.faults.append(f"{option} is {value}: it must be {rule}")
         else:
             return int(value)
         self._unknown.add(name)
@@ -91,19 +65,22 @@ class Values:
             self.faults.append(f"{both} mean the same: give one")
         return self.values[given[0] if given else names[0]]
 
-    def check_ranges(self) -> None:
-        """Faults of numbers out of range; the default stands in for them, so that each is one fault."""
-        for name, rule, holds in ((name, rule, holds) for names, rule, holds in _RANGES for name in names.split()):
-            value, most = self.values[name], _MOST_OF.get(name, _MOST)
-            if name not in self.named or value is None:
+    def check(self) -> None:
+        """Faults of values by themselves; the default stands in for them, so that each is one fault."""
+        for name, option in by_dest().items():
+            value = self.values[name]
+            if name not in self.named or value is None or option.needed:
                 continue
-            if math.isfinite(value) and holds(value) and value > most:
-                rule = f"at most {most}"
-            if not (math.isfinite(value) and holds(value) and value <= most):
-                self.faults.append(f"{self.named[name]} is {value}: it must be {rule}")
-                self._unknown.add(name)
-                self.values[name] = defaults()[name]
-                del self.named[name]
+            if option.values is not None and value not in option.values:
+                self._wrong(name, f"{self.named[name]} {value}: {option.otherwise}")
+            elif option.rule is not None and (rule := _broken(value, option.rule, option.most)) is not None:
+                self._wrong(name, f"{self.named[name]} is {value}: it must be {rule}")
+
+    def _wrong(self, name: str, fault: str) -> None:
+        self.faults.append(fault)
+        self._unknown.add(name)
+        self.values[name] = by_dest()[name].absent
+        del self.named[name]
 
     def at_most_one(self, *names: str) -> None:
         """A fault where several were given of which one says it all."""
@@ -117,3 +94,10 @@ class Values:
         given = [self.named[name] for name in names if name in self.named]
         if given and not condition:
             self.notes.append(f"{' '.join(given)}: without effect, for there is no {missing}")
+
+
+def _broken(value: float, rule: str | None, most: int) -> str | None:
+    """What ``value`` must be and is not; None if it is."""
+    if rule is None or (math.isfinite(value) and RULES[rule](value) and value <= most):
+        return None
+    return f"at most {most}" if math.isfinite(value) and RULES[rule](value) else rule

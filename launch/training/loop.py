@@ -21,10 +21,10 @@ from noflush.launch.data.batches import MicroBatches
 from noflush.launch.data.order import SampleOrder
 from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
-from noflush.launch.training import checkpoints
+from noflush.launch.training import checkpoint
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.late_lines import LateLines
-from noflush.launch.training.progress import (
+from noflush.launch.training.log_line import (
     Interval,
     bubble_between,
     floating_point_operations,

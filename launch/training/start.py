@@ -20,7 +20,7 @@ from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
 from noflush.launch.training.devices import on_gpu
 from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
-from noflush.launch.training.schedule import schedule_of
+from noflush.launch.training.learning_rate import rates_of
 from noflush.patches.megatron_core import dropout as megatron_core
 from noflush.stage.groups import without_splits
 
@@ -85,6 +85,6 @@ def build_engine(settings: Settings) -> Any:
         model=module,
         model_parameters=parameter_groups(module, settings.optimizer.decay_all),
         config=settings.deepspeed,
-        lr_scheduler=schedule_of(settings),
+        lr_scheduler=rates_of(settings),
     )
     return engine

@@ -13,7 +13,7 @@ from typing import Any
 
 from noflush.launch.arguments.settings import Checkpoints, Model, Settings
 from noflush.launch.data.tokenizer import padded_vocabulary
-from noflush.launch.training.checkpoint_files import MODEL
+from noflush.launch.training.beside_weights import MODEL
 from noflush.stage.checkpoint import newest_complete
 
 

@@ -76,9 +76,9 @@ def train(rank, run, calls):
 
 def simulate(rank, run, calls):
     """The same run in the delay simulator: (micro-batch losses, final weights of every stage)."""
-    from noflush.launch.dry_run import schedule_of as pipeline_schedule
+    from noflush.launch.arguments.pipelining import schedule_of as pipeline_schedule
     from noflush.launch.gpt.pipeline import layer_specs, next_token_loss
-    from noflush.launch.training.schedule import schedule_of
+    from noflush.launch.training.learning_rate import rates_of
     from noflush.launch.training.start import join
     from noflush.methods import DelayAwareNAdamW
     from noflush.simulate import DelaySimulator

@@ -9,10 +9,10 @@ import pytest
 
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Checkpoints, Ranks
-from noflush.launch.convert.checkpoint import read_weights, write_checkpoint
+from noflush.launch.convert.state_dict import read_weights, write_checkpoint
 from noflush.launch.pretrain_gpt import settings_of
-from noflush.launch.training.checkpoint_faults import folder_faults, listed_part_faults, load_part_faults, part_faults
-from noflush.launch.training.checkpoint_files import (
+from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults, part_faults
+from noflush.launch.training.beside_weights import (
     MANIFEST,
     WEIGHTS_ALONE,
     checkpoint_in,
@@ -106,7 +106,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("noflush.launch.training.checkpoint_faults.newest_complete", refuse)
+    monkeypatch.setattr("noflush.launch.training.folder_faults.newest_complete", refuse)
     only(faults(load=run), f"{run} cannot be read: Permission denied")
 
 

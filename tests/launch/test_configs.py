@@ -14,7 +14,7 @@ from noflush import launch
 from noflush.launch.arguments.parser import ArgumentsError, expand
 from noflush.launch.gpt.size import parameters
 from noflush.launch.pretrain_gpt import main, settings_of
-from noflush.launch.training.schedule import schedule_of
+from noflush.launch.training.learning_rate import rates_of
 
 CONFIGS = Path(launch.__file__).parent / "configs"
 DATA = [

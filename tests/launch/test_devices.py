@@ -13,8 +13,8 @@ from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.understand import understand
 from noflush.launch.pretrain_gpt import settings_of
 from noflush.launch.training import devices
-from noflush.launch.training.checkpoint_files import read_model, write_model
-from noflush.launch.training.checkpoints import model_faults
+from noflush.launch.training.beside_weights import read_model, write_model
+from noflush.launch.training.checkpoint import model_faults
 from tests.launch.models import GPT2
 from tests.launch.test_meaning import NEEDED
 

@@ -1,23 +1,21 @@
-"""Every option of Megatron's two parsers takes effect, is refused, or has no meaning here; one of the three."""
+"""Every option of Megatron's two parsers takes effect, is refused, or has no meaning here: its row says which."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
 from noflush.launch import arguments
 from noflush.launch.arguments import settings as settings_module
-from noflush.launch.arguments.meaning import EFFECT, NO_MEANING, OLDER, REFUSED, SO_ANYWAY, alternative, no_meaning
-from noflush.launch.arguments.parser import ArgumentsError, options, read
+from noflush.launch.arguments.options import RULES, by_dest, gone, options
+from noflush.launch.arguments.parser import ArgumentsError, read
 from noflush.launch.arguments.understand import understand
 
 LAUNCH = Path(arguments.__file__).parent.parent
-DESTS = sorted({option["dest"] for option in options()})
-STRINGS = {string for option in options() for string in option["options"]}
+MEGATRONS = [option for option in options() if option.parsers != ("noflush",)]
 
 NEEDED = (
     "--num-layers 4 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 "
@@ -34,58 +32,104 @@ def names_read(files):
     return found | {word for text in texts for word in text.split()}
 
 
-def test_every_option_has_one_meaning():
-    assert len(DESTS) > 700
-    for dest in DESTS:
-        meanings = [dest in EFFECT, alternative(dest) is not None, no_meaning(dest) is not None]
-        assert sum(meanings) == 1, dest
+def test_every_option_has_a_meaning():
+    assert len({option.dest for option in MEGATRONS}) > 700
+    for option in options():
+        assert option.meaning in ("used", "anyway", "ignored", "refused"), option
+        assert bool(option.why) == (option.meaning in ("ignored", "refused")), option
+        assert bool(option.help) == (option not in MEGATRONS), option
+        assert set(option.parsers) <= {"lm", "deepspeed", "noflush"}, option
 
 
-def test_no_name_or_pattern_is_stale():
-    assert set(DESTS) >= EFFECT > SO_ANYWAY
-    patterns = [p for text in [*REFUSED, *NO_MEANING.values()] for p in text.split()]
-    stale = [p for p in patterns if not any(fnmatchcase(dest, p) for dest in DESTS)]
-    assert not stale
-    assert not OLDER.keys() & STRINGS
+def test_rows_of_one_attribute_say_the_same_of_it():
+    for option in options():
+        first = by_dest()[option.dest]
+        for name in ("meaning", "why", "one_is_none", "rule", "most", "needed", "values", "otherwise", "sets"):
+            assert getattr(option, name) == getattr(first, name), (option, name)
+
+
+def test_what_a_value_must_be_is_asked_of_what_is_used():
+    for option in options():
+        asked = option.rule, option.values, option.sets
+        assert option.meaning in ("used", "anyway") or not any((*asked, option.needed)), option
+        assert option.rule is None or (option.rule in RULES and option.type in ("int", "float")), option
+        assert option.rule or not option.needed, option
+        assert bool(option.values) == bool(option.otherwise), option
+        if option.choices:
+            assert set(option.values or ()) <= set(option.choices), option
+
+
+def test_every_number_that_is_used_has_a_rule():
+    """But for those with lists of them, and what is compared with others alone."""
+    free = {"encoder_num_layers", "encoder_seq_length", "rampup_batch_size"}
+    for option in options():
+        if option.meaning == "used" and option.kind == "value" and option.type in ("int", "float"):
+            assert option.rule or option.dest in free, option
+
+
+def test_a_default_keeps_its_rule():
+    for option in options():
+        if option.rule and option.default is not None:
+            assert RULES[option.rule](option.default), option
+            assert option.default <= option.most, option
+
+
+def test_what_no_parser_has_any_more_is_refused():
+    assert not gone().keys() & {string for option in options() for string in option.options}
+    for string, why in gone().items():
+        assert read([string, "1"]).faults == [f"{string}: {why}"]
+
+
+def test_what_is_taken_as_it_stands_is_a_setting():
+    sections = {f.name: f.type for f in dataclasses.fields(settings_module.Settings)} | {"settings": "Settings"}
+    taken = [option.sets for option in by_dest().values() if option.sets]
+    assert len(taken) == len(set(taken))
+    for name in taken:
+        section, field = name.split(".")
+        assert field in {f.name for f in dataclasses.fields(getattr(settings_module, sections[section]))}, name
 
 
 def test_what_takes_effect_is_read():
-    """By more than the check of ranges, which reads all numbers by name."""
+    """As it stands, or by the code that understands it."""
     folder = LAUNCH / "arguments"
     files = [*folder.glob("of_*.py"), folder / "understand.py", folder / "deepspeed_config.py"]
-    trees = [ast.parse(file.read_text()) for file in files]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     read_as = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read_as |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert not EFFECT - SO_ANYWAY - read_as
+    used = {option.dest for option in options() if option.meaning == "used" and not option.sets}
+    assert not used - read_as
 
 
 def test_every_setting_is_used():
     """What the arguments are understood as reaches the run."""
     used = names_read(path for path in LAUNCH.rglob("*.py") if not path.name.startswith(("settings", "of_")))
-    classes = [c for c in vars(settings_module).values() if dataclasses.is_dataclass(c)]
+    classes = [
+        c
+        for c in vars(settings_module).values()
+        if dataclasses.is_dataclass(c) and c.__module__ == settings_module.__name__
+    ]
     unused = [f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c) if f.name not in used]
     assert not unused
 
 
 def value_for(option):
-    if "choices" in option:
-        return str(option["choices"][-1])
-    return {"int": "3", "float": "0.5", "str": "x", "bool": "true"}[option["type"]]
+    if option.choices:
+        return str(option.choices[-1])
+    return {"int": "3", "float": "0.5", "str": "x", "bool": "true"}[option.type]
 
 
 def test_every_option_parses():
     """At a value of its type; one that is refused becomes a fault, one without meaning is named."""
     for option in options():
-        words = [option["options"][0]]
-        if option["kind"] == "value":
-            words += [value_for(option)] * (option["nargs"] if isinstance(option.get("nargs"), int) else 1)
+        words = [option.options[0]]
+        if option.kind == "value":
+            words += [value_for(option)] * (option.nargs if isinstance(option.nargs, int) else 1)
         given = read(words)
-        dest, written = option["dest"], words[0]
-        assert given.named == {dest: written}
+        written = words[0]
+        assert given.named == {option.dest: written}
         named = [name for names in given.without_meaning.values() for name in names]
-        assert named == ([written] if no_meaning(dest) else []), written
-        if alternative(dest) is None:
+        assert named == ([written] if option.meaning == "ignored" else []), written
+        if option.meaning != "refused":
             assert not given.faults
 
 

@@ -19,12 +19,12 @@ from noflush.launch import generate as generating
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.convert.arguments import arguments_of
-from noflush.launch.convert.checkpoint import read_weights, write_checkpoint
+from noflush.launch.convert.state_dict import read_weights, write_checkpoint
 from noflush.launch.convert.folder import write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
 from noflush.launch.pretrain_gpt import settings_of
 from noflush.launch.start_lines import start_lines
-from noflush.launch.training.checkpoint_files import MODEL, WEIGHTS_ALONE, checkpoint_in, read_model, write_tokens
+from noflush.launch.training.beside_weights import MODEL, WEIGHTS_ALONE, checkpoint_in, read_model, write_tokens
 from tests.launch.models import GPT2, LLAMA, MODELS, weights
 from tests.multiproc.ranks import run_ranks
 
@@ -231,7 +231,7 @@ def _batches(seed):
 def _train(rank, argv, ranks):
     """Losses of six iterations, then of two held-out micro-batches; a checkpoint."""
     from noflush.launch.arguments.progress import Position
-    from noflush.launch.training import checkpoints
+    from noflush.launch.training import checkpoint
     from noflush.launch.training.start import build_engine, join
     from noflush.stage.checkpoint import newest_complete
 

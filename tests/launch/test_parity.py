@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from noflush.launch import convert_checkpoint
-from noflush.launch.convert.checkpoint import write_checkpoint
+from noflush.launch.convert.state_dict import write_checkpoint
 from noflush.launch.convert.folder import write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
 from tests.launch.models import MODELS, weights
@@ -121,8 +121,8 @@ def _engine(argv, world):
 
 def _train(rank, argv):
     """Two iterations, a checkpoint; losses of two held-out micro-batches before and after."""
-    from noflush.launch.training import checkpoints
-    from noflush.launch.training.progress import Position
+    from noflush.launch.training import checkpoint
+    from noflush.launch.arguments.progress import Position
 
     settings, engine = _engine(argv, 4)
     before = float(engine.eval_batch(_batches(9), num_micro_batches=2))
@@ -138,7 +138,7 @@ def _go_on(rank, argv):
 
     Of the second only the last stage knows it at once.
     """
-    from noflush.launch.training import checkpoints
+    from noflush.launch.training import checkpoint
 
     settings, engine = _engine(argv, 2)
     position = checkpoints.load(engine, settings.checkpoints, "global_step0")

@@ -15,8 +15,8 @@ from string import Template
 
 import pytest
 
-from noflush.launch.arguments.meaning import EFFECT, no_meaning
-from noflush.launch.arguments.parser import ArgumentsError, options
+from noflush.launch.arguments.options import options
+from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.pretrain_gpt import settings_of
 from tests.launch import runs
 from tests.multiproc.ranks import run_ranks
@@ -169,9 +169,9 @@ def test_parses(name, places, tmp_path):
     argv = arguments(name, places, tmp_path)
     settings, without_meaning = settings_of(argv, WORLD)
     named = {option for kind in without_meaning.values() for option in kind}
-    dest = {string: option["dest"] for option in options() for string in option["options"]}
+    meaning = {string: option.meaning for option in options() for string in option.options}
     for option in (word for word in argv if word.startswith("--")):
-        assert dest[option] in EFFECT or (option in named) == bool(no_meaning(dest[option])), option
+        assert meaning[option] in ("used", "anyway") or (option in named) == (meaning[option] == "ignored"), option
     assert settings.model.layers == 2
     assert settings.deepspeed["train_micro_batch_size_per_gpu"] == 1
     iterations = 2 + 2 if settings.batch.rampup else 2 * settings.batch.global_size  # of a ramp, the first two

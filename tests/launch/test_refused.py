@@ -13,7 +13,7 @@ import torch
 
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.pretrain_gpt import settings_of
-from noflush.launch.training.checkpoint_files import MANIFEST
+from noflush.launch.training.beside_weights import MANIFEST
 from noflush.stage.checkpoint import newest_complete
 from tests.launch.megatron import NADAMW
 from tests.launch.processes import Run

@@ -13,9 +13,9 @@ from noflush.launch.arguments.progress import position_in, steps_from, traced
 from noflush.launch.arguments.settings import Checkpoints
 from noflush.launch.data.datasets import samples_needed
 from noflush.launch.pretrain_gpt import _say_why
-from noflush.launch.training import checkpoints
-from noflush.launch.training.checkpoint_files import POSITION
-from noflush.launch.training.schedule import schedule_of
+from noflush.launch.training import checkpoint
+from noflush.launch.training.beside_weights import POSITION
+from noflush.launch.training.learning_rate import rates_of
 from tests.launch.walks import MAX, MIN, RAMP, Walk, is_linear, resumed, understood
 
 OVERRIDE = "--override-opt_param-scheduler"

@@ -17,10 +17,10 @@ import torch.distributed as dist
 import noflush.stage.checkpoint
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.refusal import RefusedError, marker, say_refused
-from noflush.launch.training import checkpoints
-from noflush.launch.training.checkpoint_files import read_manifest, read_model
+from noflush.launch.training import checkpoint
+from noflush.launch.training.beside_weights import read_manifest, read_model
 from noflush.launch.training.folder_lock import FolderLock
-from noflush.launch.training.progress import Position
+from noflush.launch.arguments.progress import Position
 from noflush.stage.checkpoint import PARTIAL, newest_complete
 from tests.launch.test_checkpoint_folders import NONE
 from tests.launch.test_convert import LLAMA

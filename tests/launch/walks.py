@@ -7,8 +7,8 @@ import torch
 
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.understand import understand
-from noflush.launch.training.checkpoint_files import write_position
-from noflush.launch.training.schedule import schedule_of
+from noflush.launch.training.beside_weights import write_position
+from noflush.launch.training.learning_rate import rates_of
 from noflush.stage.checkpoint import write_latest
 
 MAX, MIN = 1e-3, 1e-4

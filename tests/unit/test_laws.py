@@ -25,12 +25,13 @@ PURE = [
     "launch.ranks",
     "launch.signals",
     "launch.arguments.parser",
-    "launch.arguments.meaning",
+    "launch.arguments.options",
+    "launch.arguments.pipelining",
     "launch.arguments.settings",
     "launch.arguments.progress",
     "launch.gpt.size",
     "launch.refusal",
-    "launch.training.checkpoint_faults",
+    "launch.training.folder_faults",
     "launch.training.folder_lock",
 ]
 """Modules, and packages with all in them, that are read before training and import no torch."""

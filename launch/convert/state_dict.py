@@ -17,7 +17,7 @@ from torch import Tensor
 
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Model
-from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, write_manifest, write_model
+from noflush.launch.training.beside_weights import WEIGHTS_ALONE, write_manifest, write_model
 from noflush.stage.checkpoint import write_latest
 
 State = dict[str, Tensor]

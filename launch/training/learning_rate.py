@@ -29,8 +29,8 @@ def schedule_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
             # It must be a checkpoint's. Where nothing increases it is no reason to refuse another --train-iters.
             wd_incr_steps=optimizer.decay_samples if start == end else settings.steps.samples,
             wd_incr_style=optimizer.weight_decay_style,
-            use_checkpoint_opt_param_scheduler=optimizer.checkpoint_schedule,
-            override_opt_param_scheduler=optimizer.override_schedule,
+            use_checkpoint_opt_param_scheduler=optimizer.rates_of_checkpoint,
+            override_opt_param_scheduler=optimizer.rates_of_arguments,
             wsd_decay_steps=optimizer.wsd_samples,
             lr_wsd_decay_style=optimizer.wsd_style,
         )

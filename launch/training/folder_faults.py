@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Settings
-from noflush.launch.training.checkpoint_files import WEIGHTS_ALONE, read_manifest
+from noflush.launch.training.beside_weights import WEIGHTS_ALONE, read_manifest
 from noflush.stage.checkpoint import CheckpointError, checkpoints_in, is_tag, listed, newest_complete
 
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")

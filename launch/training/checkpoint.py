@@ -17,8 +17,8 @@ from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
 from noflush.launch.refusal import RefusedError
 from noflush.launch.training.agreement import agree, on_first_rank
-from noflush.launch.training.checkpoint_faults import folder_faults
-from noflush.launch.training.checkpoint_files import (
+from noflush.launch.training.folder_faults import folder_faults
+from noflush.launch.training.beside_weights import (
     MODEL,
     WEIGHTS_ALONE,
     write_manifest,
