@@ -79,9 +79,9 @@ def to_hf(
     Without ``tokens`` the tokenizer is the run's, if its files are still there; ``trust_remote_code`` is for its code.
     Raises ValueError.
     """
-    from noflush.launch.convert.state_dict import read_weights
     from noflush.launch.convert.folder import write_folder
     from noflush.launch.convert.hugging_face import layout_of, to_hugging_face
+    from noflush.launch.convert.state_dict import read_weights
 
     checkpoint = checkpoint_in(checkpoints)
     model = read_model(checkpoint)
@@ -108,9 +108,9 @@ def to_hf(
 def from_hf(folder: str, out: str, dtype: str | None, tensor_parallel: int = 1, vocabulary_multiple: int = 1) -> Model:
     """Writes the Hugging Face folder ``folder`` as checkpoint ``out``, `ARGUMENTS` beside it. Raises ValueError."""
     from noflush.launch.convert.arguments import arguments_of
-    from noflush.launch.convert.state_dict import pad_vocabulary, write_checkpoint
     from noflush.launch.convert.folder import read_folder
     from noflush.launch.convert.hugging_face import from_hugging_face
+    from noflush.launch.convert.state_dict import pad_vocabulary, write_checkpoint
 
     state, model = from_hugging_face(*read_folder(folder))
     state, model = pad_vocabulary(state, model, vocabulary_multiple * tensor_parallel)

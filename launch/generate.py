@@ -51,9 +51,9 @@ def load_model(folder: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from noflush.launch.convert.state_dict import read_weights
     from noflush.launch.convert.folder import is_hugging_face
     from noflush.launch.convert.hugging_face import to_hugging_face
+    from noflush.launch.convert.state_dict import read_weights
 
     logging.disable_progress_bar()
     if is_hugging_face(folder):

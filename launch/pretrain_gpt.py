@@ -48,9 +48,9 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
     from noflush.launch.arguments.files import file_faults, token_id_faults
     from noflush.launch.arguments.understand import understand
     from noflush.launch.data.tokenizer import make_tokenizer
-    from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults
     from noflush.launch.training.checkpoint import model_faults
     from noflush.launch.training.devices import device_faults
+    from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults
     from noflush.launch.training.vocabulary import with_vocabulary
     from noflush.launch.training.writers import board_needed
 
@@ -131,12 +131,12 @@ def prepare(
     if rank == 0:
         for line in lines:
             say(line)
-    tag, lock = checkpoints.open_folders(settings.checkpoints, not settings.steps.skip_train, os.environ)
+    tag, lock = checkpoint.open_folders(settings.checkpoints, not settings.steps.skip_train, os.environ)
     if lock is not None:
         (lock.path.parent / STOPPED).unlink(missing_ok=True)
     try:
         engine = build_engine(settings)
-        position = checkpoints.load(engine, settings.checkpoints, tag)
+        position = checkpoint.load(engine, settings.checkpoints, tag)
     except RefusedError:
         if lock is not None:
             lock.release()

@@ -17,7 +17,6 @@ from noflush.launch.arguments.progress import Position, position_in
 from noflush.launch.arguments.settings import Checkpoints, Model, Ranks, Tokens
 from noflush.launch.refusal import RefusedError
 from noflush.launch.training.agreement import agree, on_first_rank
-from noflush.launch.training.folder_faults import folder_faults
 from noflush.launch.training.beside_weights import (
     MODEL,
     WEIGHTS_ALONE,
@@ -26,6 +25,7 @@ from noflush.launch.training.beside_weights import (
     write_position,
     write_tokens,
 )
+from noflush.launch.training.folder_faults import folder_faults
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.pickles import file_fault
 from noflush.launch.training.random_state import random_state, restore

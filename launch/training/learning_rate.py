@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from noflush.launch.arguments.settings import Settings
 
 
-def schedule_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
+def rates_of(settings: Settings) -> Callable[[Any], OptimizerParamScheduler]:
     """What makes the scheduler of a stage's optimizer, once that is there."""
     optimizer = settings.optimizer
     start, end = optimizer.weight_decay

@@ -161,10 +161,10 @@ class Training:
             begin = time.perf_counter()
             settings = self.settings
             folders, model, tokens = settings.checkpoints, settings.model, settings.tokens
-            checkpoints.save(self.engine, folders, model, tokens, self.position, self.lock)
+            checkpoint.save(self.engine, folders, model, tokens, self.position, self.lock)
             self._saved_at = self.position.iteration
             if dist.get_rank() == 0:
-                where = f"{self.settings.checkpoints.save}/{checkpoints.tag_of(self.position.iteration)}"
+                where = f"{self.settings.checkpoints.save}/{checkpoint.tag_of(self.position.iteration)}"
                 say(f"saved {where} in {time.perf_counter() - begin:.1f} s")
 
     def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:

@@ -18,9 +18,9 @@ from noflush.failure.last_words import attend
 from noflush.launch.arguments.settings import Ranks, Settings
 from noflush.launch.gpt.pipeline import build_pipeline, parameter_groups
 from noflush.launch.training.devices import on_gpu
+from noflush.launch.training.learning_rate import rates_of
 from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
-from noflush.launch.training.learning_rate import rates_of
 from noflush.patches.megatron_core import dropout as megatron_core
 from noflush.stage.groups import without_splits
 

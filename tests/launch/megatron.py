@@ -101,7 +101,7 @@ def simulate(rank, run, calls):
 
     class Scheduler:
         def __init__(self, optimizer):
-            self.inner = schedule_of(run)(optimizer)
+            self.inner = rates_of(run)(optimizer)
 
         def step(self):
             self.inner.step(run.batch.global_size)

@@ -11,7 +11,6 @@ from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Checkpoints, Ranks
 from noflush.launch.convert.state_dict import read_weights, write_checkpoint
 from noflush.launch.pretrain_gpt import settings_of
-from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults, part_faults
 from noflush.launch.training.beside_weights import (
     MANIFEST,
     WEIGHTS_ALONE,
@@ -19,6 +18,7 @@ from noflush.launch.training.beside_weights import (
     read_manifest,
     write_manifest,
 )
+from noflush.launch.training.folder_faults import folder_faults, listed_part_faults, load_part_faults, part_faults
 from noflush.stage.checkpoint import PARTIAL, CheckpointError
 from tests.launch.megatron import settings
 from tests.launch.test_convert import LLAMA, weights

@@ -68,7 +68,7 @@ def test_the_papers_learning_rates_and_decay():
     block = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
     optimizer = torch.optim.SGD(parameter_groups(block, run.optimizer.decay_all), lr=1.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
-    schedule = schedule_of(run)(optimizer)
+    schedule = rates_of(run)(optimizer)
     at = 0
     for update in (1, 2, 1500, 3000, 3001, 3002, 10_000, 26_501, 50_000):  # from 1 on, as theirs
         schedule.step(8 * (update - 1 - at))

@@ -14,9 +14,9 @@ from noflush.launch import convert_checkpoint
 from noflush.launch import generate as generating
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.arguments.understand import understand
-from noflush.launch.convert.state_dict import pad_vocabulary, read_weights, write_checkpoint
 from noflush.launch.convert.folder import read_folder, write_folder
 from noflush.launch.convert.hugging_face import from_hugging_face, layout_of, to_hugging_face
+from noflush.launch.convert.state_dict import pad_vocabulary, read_weights, write_checkpoint
 from noflush.launch.data.tokenizer import make_tokenizer
 from noflush.launch.training.beside_weights import checkpoint_in, read_model, write_model, write_tokens
 from tests.launch.models import GPT2, LLAMA, MODELS, weights

@@ -19,9 +19,9 @@ from noflush.launch import generate as generating
 from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.convert.arguments import arguments_of
-from noflush.launch.convert.state_dict import read_weights, write_checkpoint
 from noflush.launch.convert.folder import write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
+from noflush.launch.convert.state_dict import read_weights, write_checkpoint
 from noflush.launch.pretrain_gpt import settings_of
 from noflush.launch.start_lines import start_lines
 from noflush.launch.training.beside_weights import MODEL, WEIGHTS_ALONE, checkpoint_in, read_model, write_tokens
@@ -238,10 +238,10 @@ def _train(rank, argv, ranks):
     settings, _ = settings_of(argv, ranks)
     join(settings.ranks)
     engine = build_engine(settings)
-    assert checkpoints.load(engine, settings.checkpoints, newest_complete(settings.checkpoints.load)) is not None
+    assert checkpoint.load(engine, settings.checkpoints, newest_complete(settings.checkpoints.load)) is not None
     data = _batches(1)
     losses = [float(engine.train_batch(data_iter=data)) for _ in range(6)]
-    checkpoints.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=6))
+    checkpoint.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=6))
     return losses, float(engine.eval_batch(_batches(9), num_micro_batches=2))
 
 

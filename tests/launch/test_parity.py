@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from noflush.launch import convert_checkpoint
-from noflush.launch.convert.state_dict import write_checkpoint
 from noflush.launch.convert.folder import write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
+from noflush.launch.convert.state_dict import write_checkpoint
 from tests.launch.models import MODELS, weights
 from tests.multiproc.ranks import run_ranks
 
@@ -121,15 +121,15 @@ def _engine(argv, world):
 
 def _train(rank, argv):
     """Two iterations, a checkpoint; losses of two held-out micro-batches before and after."""
-    from noflush.launch.training import checkpoint
     from noflush.launch.arguments.progress import Position
+    from noflush.launch.training import checkpoint
 
     settings, engine = _engine(argv, 4)
     before = float(engine.eval_batch(_batches(9), num_micro_batches=2))
     data = _batches(1)
     for _ in range(2):
         engine.train_batch(data_iter=data)
-    checkpoints.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=2))
+    checkpoint.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=2))
     return before, float(engine.eval_batch(_batches(9), num_micro_batches=2))
 
 
@@ -141,7 +141,7 @@ def _go_on(rank, argv):
     from noflush.launch.training import checkpoint
 
     settings, engine = _engine(argv, 2)
-    position = checkpoints.load(engine, settings.checkpoints, "global_step0")
+    position = checkpoint.load(engine, settings.checkpoints, "global_step0")
     assert position.iteration == 0
     held_out = float(engine.eval_batch(_batches(9), num_micro_batches=2))
     return held_out, float(engine.train_batch(data_iter=_batches(9)))

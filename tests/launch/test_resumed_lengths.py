@@ -165,11 +165,11 @@ def test_without_optimizer_state_the_schedule_stands_where_the_run_does(tmp_path
     before = Walk(run, 6)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     engine = SimpleNamespace(
-        lr_scheduler=schedule_of(run)(optimizer),
+        lr_scheduler=rates_of(run)(optimizer),
         load_checkpoint=lambda *_, **__: ("", {"noflush": dataclasses.asdict(before.position())}),
     )
     where = Checkpoints("", str(tmp_path), "global_step6", False, False, False, False, False, False)
-    position = checkpoints.load(engine, where, "global_step6")
+    position = checkpoint.load(engine, where, "global_step6")
     assert position == before.position()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(before.rates[-1])
 
@@ -190,7 +190,7 @@ def test_a_refused_resume_says_what_to_give(error, said, tmp_path):
 
     where = Checkpoints("", str(tmp_path), "global_step6", False, True, False, False, False, False)
     with pytest.raises(ValueError, match=said):
-        checkpoints.load(SimpleNamespace(load_checkpoint=load_checkpoint), where, "global_step6")
+        checkpoint.load(SimpleNamespace(load_checkpoint=load_checkpoint), where, "global_step6")
 
 
 def test_an_evaluation_begins_behind_those_before_it():

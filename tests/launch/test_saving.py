@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 import noflush.stage.checkpoint
+from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Tokens
 from noflush.launch.refusal import RefusedError, marker, say_refused
 from noflush.launch.training import checkpoint
 from noflush.launch.training.beside_weights import read_manifest, read_model
 from noflush.launch.training.folder_lock import FolderLock
-from noflush.launch.arguments.progress import Position
 from noflush.stage.checkpoint import PARTIAL, newest_complete
 from tests.launch.test_checkpoint_folders import NONE
 from tests.launch.test_convert import LLAMA
@@ -62,7 +62,7 @@ def alone(tmp_path):
 
 def save(folder, iteration, size=10, lock=None):
     settings = dataclasses.replace(NONE, save=str(folder), save_rng=False)
-    checkpoints.save(Engine(size), settings, LLAMA, TOKENS, Position(iteration=iteration), lock)
+    checkpoint.save(Engine(size), settings, LLAMA, TOKENS, Position(iteration=iteration), lock)
 
 
 def whole(folder):
@@ -231,7 +231,7 @@ def _cannot_write_on_the_last_rank(rank, folder):
             if rank:
                 global FILES
                 FILES = tuple(name.replace("00", "01") for name in FILES)
-            checkpoints.save(engine, settings, LLAMA, TOKENS, Position(iteration=iteration))
+            checkpoint.save(engine, settings, LLAMA, TOKENS, Position(iteration=iteration))
             outcomes.append("saved")
         except RefusedError as error:
             outcomes.append(f"{error} {error.everywhere}")

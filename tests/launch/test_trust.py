@@ -13,9 +13,9 @@ from noflush.launch import convert_checkpoint
 from noflush.launch import generate as generating
 from noflush.launch.arguments.parser import ArgumentsError, expand, read
 from noflush.launch.arguments.settings import Tokens
-from noflush.launch.convert.state_dict import write_checkpoint
 from noflush.launch.convert.folder import INDEX, WEIGHTS, read_folder, write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
+from noflush.launch.convert.state_dict import write_checkpoint
 from noflush.launch.training.beside_weights import TOKENS, read_tokens, write_tokens
 from tests.launch.models import GPT2, weights
 

@@ -42,7 +42,7 @@ class Walk:
 
     def __init__(self, run, iterations=None, before=None):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        self.schedule = schedule_of(run)(optimizer)
+        self.schedule = rates_of(run)(optimizer)
         self.consumed, self.rates, self.decays = [], [], []
         if before is not None:
             self.consumed, self.rates, self.decays = before.consumed[:], before.rates[:], before.decays[:]
