@@ -24,6 +24,7 @@ from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
 from noflush.patches.deepspeed.assembly import make_stage
+from noflush.patches.deepspeed.whole_matrices import arrange
 from noflush.stage.checkpoint import write_latest
 from noflush.stage.late_reader import LateReader
 from noflush.stage.messages import Payload, StageFigures
@@ -466,6 +467,14 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def _is_supported_optimizer(self, optimizer_name: str) -> bool:
         return optimizer_name in METHODS or bool(super()._is_supported_optimizer(optimizer_name))
+
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        arrange(optimizer, self.dp_world_size, self.param_names)
+        return super()._configure_zero_optimizer(optimizer)
+
+    def _configure_bf16_optimizer(self, optimizer: Any) -> Any:
+        arrange(optimizer, self.dp_world_size, self.param_names)
+        return super()._configure_bf16_optimizer(optimizer)
 
     def _configure_basic_optimizer(self, model_parameters: Any) -> Any:
         if self.optimizer_name() not in METHODS:

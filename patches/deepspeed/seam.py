@@ -7,7 +7,6 @@ Stand-ins for the other engines only refuse an enabled block, which they would s
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 from noflush.config import ConfigError
 from noflush.failure.keeper import keeper_watched
 from noflush.methods.table import METHODS, load
+from noflush.patches.deepspeed import probe
 from noflush.patches.deepspeed.faults import OLDEST_DEEPSPEED, RunFacts, check_config, check_run
 
 logger = logging.getLogger("noflush")
@@ -24,30 +24,6 @@ TESTED = ("0.19.8",)
 _ENGINES = ("PipelineEngine", "DeepSpeedEngine", "DeepSpeedHybridEngine", "DualPipeVEngine")
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 _SHARED_MEMORY: dict[str, Any] = {}
-_NEEDED = {
-    ("deepspeed.runtime.pipe.engine", "PipelineEngine"): (
-        "_exec_forward_pass",
-        "_exec_load_micro_batch",
-        "_exec_reduce_grads",
-        "_exec_schedule",
-        "_next_batch",
-        "_reserve_pipe_buffers",
-        "_scale_loss_by_gas",
-        "reset_activation_shape",
-    ),
-    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"): (
-        "_lazy_init_hp_params_optimizer_state",
-        "clear_hp_grads",
-        "clear_lp_grads",
-        "update_hp_grads",
-    ),
-    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"): (
-        "_lazy_init_hp_params_optimizer_state",
-        "_update_model_bit16_weights",
-        "_update_scale",
-        "get_data_parallel_partitions",
-    ),
-}
 
 
 class HostChangedError(RuntimeError):
@@ -138,13 +114,7 @@ def missing_seams() -> list[str]:
     code = getattr(getattr(deepspeed, "initialize", None), "__code__", None)
     if code is None or "PipelineEngine" not in code.co_names:
         missing.append("deepspeed.initialize looking up PipelineEngine when called")
-    for (module, owner), names in _NEEDED.items():
-        try:
-            found = getattr(importlib.import_module(module), owner, None)
-        except ImportError as error:
-            missing.append(f"{module} ({error})")
-            continue
-        missing += [f"{module}.{owner}.{name}" for name in names if not hasattr(found, name)]
+    missing += probe.missing()
     return missing
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from noflush.commands import doctor, plan, simulate, trace
+try:
+    from noflush.commands import doctor, plan, simulate, trace
+except ModuleNotFoundError as error:
+    if error.name != "rich":
+        raise
+    sys.exit('python -m noflush needs the package rich: pip install "noflush[cli]"')
 
 
 def main(argv: list[str] | None = None) -> int:

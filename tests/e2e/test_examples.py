@@ -51,6 +51,27 @@ def test_the_same_script_without_the_block_is_stock():
     assert "bubble:" not in out
 
 
+WITHOUT_HOSTS = """
+import runpy, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "megatron", "transformers"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+sys.argv = ["bare_torch.py", *sys.argv[1:]]
+runpy.run_path("examples/bare_torch.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("gas", "weights"), [(1, "stash"), (2, "stash"), (2, "2bw"), pytest.param(1, "latest", marks=pytest.mark.slow)]
+)
+def test_plain_torch_without_a_host_is_the_simulator_to_the_bit(gas, weights):
+    status, out = run([sys.executable, "-c", WITHOUT_HOSTS, "--gas", str(gas), "--weights", weights], timeout=100)
+    assert status == 0, out[-3000:]
+    assert f"P = 3, K = {gas}, {weights}: 12 losses and all weights equal the simulator's to the bit" in out
+
+
 # The demo goes through DeepSpeed's launcher always.
 @pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.slow), "torchrun"])
 def test_pretrain_gpt_through_both_launchers(launcher, tmp_path):

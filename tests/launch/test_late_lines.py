@@ -59,7 +59,7 @@ def run(tmp_path, monkeypatch):
         lines.append(line)
 
     monkeypatch.setattr(loop, "say", say)
-    monkeypatch.setattr(loop.checkpoints, "save", lambda *given: events.append("save"))
+    monkeypatch.setattr(loop.checkpoint, "save", lambda *given: events.append("save"))
     for name in READS:
         real = getattr(torch.Tensor, name)
 

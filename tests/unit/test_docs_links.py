@@ -114,3 +114,12 @@ def test_no_file_names_a_document_that_is_not_in_the_project():
 )
 def test_a_path_that_is_gone_is_found(text, lost):
     assert lost_paths(text) == lost
+
+
+def test_every_module_of_core_and_hosts_wing_stands_in_the_newcomers_table():
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    for wing in (ROOT / "plugin" / "noflush", ROOT / "patches"):
+        for file in wing.rglob("*.py"):
+            path = file.relative_to(ROOT)
+            named = f"`{file.name}`" in table or f"`{path}`" in table or f"`{path.parent}/`" in table
+            assert named or file.name == "__init__.py", path

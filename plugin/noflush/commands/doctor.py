@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if versions["torch"] and versions["deepspeed"]:
         healthy = _check_host(console)
     else:
-        console.print("torch and deepspeed are needed to train: pip install noflush")
+        console.print("torch and deepspeed are needed to train: pip install 'noflush[deepspeed]'")
         healthy = False
     if versions["megatron-core"]:
         healthy = _check_megatron_core(console) and healthy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Method:
         fresh: ``fresh(p)``: the state of a tensor of weights before its first update, where that is not zeros.
         state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
+        cost: ``cost(shape)``: what an update of a matrix costs, in any unit, to share them out; else its elements.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Method:
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     state_shape: Callable[[str, Shape], Shape] | None = None
     fused: Fused | None = None
+    cost: Callable[[Shape], float] = math.prod
 
     @property
     def row(self) -> Row:

@@ -38,20 +38,20 @@ class ModuleWork:
         replicas: process group of the stage's data-parallel replicas; None for one.
 
     Attributes:
-        data: an iterator of (inputs, labels), on the first and last stages; set it before each call.
+        batches: an iterator of (inputs, labels), on the first and last stages; set it before each call.
     """
 
     def __init__(
         self, module: nn.Module, loss_fn: Callable[[Any, Any], Tensor], gas: int, last: bool, replicas: Any = None
     ) -> None:
-        self.data: Iterator[Any] = iter(())
+        self.batches: Iterator[Any] = iter(())
         self._module, self._loss_fn, self._gas, self._last, self._replicas = module, loss_fn, gas, last, replicas
         self._buffers: dict[int, tuple[Payload | None, Payload]] = {}
         self._losses: list[Tensor] = []
 
     def pull(self) -> Any:
         """As `Work.pull`."""
-        return next(self.data)
+        return next(self.batches)
 
     def forward(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
         """As `Work.forward`."""
@@ -149,7 +149,7 @@ class PlainStage(Stage):
 
     def train_on(self, data: Iterator[Any]) -> Tensor:
         """One call on K micro-batches of ``data``: `Stage.train_batch`. Returns `Stage.loss`."""
-        self._module_work.data = data
+        self._module_work.batches = data
         self.train_batch()
         return self.loss
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from noflush.order.actions import COMPUTE, Op
 
 _OPS = tuple(Op)
@@ -98,8 +96,7 @@ class Recorder:
         self._of_call: list[tuple[Op | None, int]] = []
         self._path = Path(folder) / f"rank{rank}.json" if folder else None
         self._rank = rank
-        self._events = np.zeros((capacity, 4), dtype=np.int64)
-        self._count = 0
+        self._events: deque[tuple[int, int, int, int]] = deque(maxlen=capacity)
         self._calls: deque[tuple[int, int]] = deque(maxlen=capacity // 4)  # a call has three events or more
         self._busy_ns = [0] * len(_OPS)
         self._times = [0] * len(_OPS)
@@ -132,8 +129,7 @@ class Recorder:
     def add(self, op: Op, index: int, start_ns: int, end_ns: int) -> None:
         """Records an action that ran from ``start_ns`` to ``end_ns`` (`time.perf_counter_ns`)."""
         code = _CODE[op]
-        self._events[self._count % len(self._events)] = (code, index, start_ns, end_ns)
-        self._count += 1
+        self._events.append((code, index, start_ns, end_ns))
         if self._device is None or op not in COMPUTE:
             self._busy_ns[code] += end_ns - start_ns
             self._times[code] += 1
@@ -192,11 +188,9 @@ class Recorder:
 
     def events(self) -> list[Event]:
         """The kept events, oldest first; seconds since the Unix epoch."""
-        size = len(self._events)
-        kept = self._events[: self._count] if self._count <= size else np.roll(self._events, -(self._count % size), 0)
         return [
             Event(self.stage, _OPS[code], int(index), (start + self._epoch_ns) / 1e9, (end + self._epoch_ns) / 1e9)
-            for code, index, start, end in kept.tolist()
+            for code, index, start, end in self._events
         ]
 
     def write(self) -> None:

@@ -1,0 +1,97 @@
+"""The probe of DeepSpeed's attributes lists what the wing uses, all of it and nothing else, and sees a rename."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from noflush.patches.deepspeed import probe, seam
+
+WING = Path(__file__).parents[2] / "patches" / "deepspeed"
+EXPRESSIONS = {
+    "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine"),
+    "grid": (
+        *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
+        *("assembly.py engine.grid", "assembly.py engine.mpu"),
+    ),
+    "topology": ("assembly.py engine.grid._topo",),
+    "module": (
+        *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
+        *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
+    ),
+    "config": (
+        *("engine.py host_config", "engine.py self._config"),
+        *("seam.py host_config", "seam.py kwargs['config_class']"),
+    ),
+    "optimizer": ("engine.py self.optimizer", "assembly.py engine.optimizer", "update.py optimizer",
+                  "weights.py optimizer", "weights.py self.optimizer"),
+}  # fmt: skip
+OWNERS = {
+    "engine": [probe.ENGINE],
+    "grid": [probe.GRID],
+    "topology": [probe.TOPOLOGY],
+    "module": [probe.MODULE],
+    "config": [probe.CONFIG],
+    "optimizer": [probe.BF16, probe.ZERO],
+}
+TORCHS = {"module": {"train", "training", "parameters"}}
+OF_PROTOCOLS = {"engine": {"_exec_schedule"}}
+"""`eval_batch` of DeepSpeed's runs its own schedule, which noflush's engine must be able to interrupt."""
+
+
+def used(owner):
+    found = set()
+    for file in sorted(WING.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and f"{file.name} {ast.unparse(node.value)}" in EXPRESSIONS[owner]:
+                found.add(node.attr)
+    if owner == "engine":
+        (ours,) = (
+            node
+            for node in ast.walk(ast.parse((WING / "engine.py").read_text()))
+            if isinstance(node, ast.ClassDef) and node.name == "NoFlushEngine"
+        )
+        own = {f.name for f in ours.body if isinstance(f, ast.FunctionDef)}
+        called_above = {
+            n.attr
+            for n in ast.walk(ours)
+            if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "super()" and n.attr != "__init__"
+        }
+        found = {n for n in found if not n.startswith("_nf_") and n not in ("has_one_norm", "__init__")}
+        found = (found - own) | called_above | {"save_checkpoint"}
+    return found - TORCHS.get(owner, set())
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_the_probe_lists_what_the_wing_uses(owner):
+    listed = {name for of in OWNERS[owner] for name in probe.NEEDED[of].split()}
+    assert used(owner) | OF_PROTOCOLS.get(owner, set()) == listed
+
+
+def test_this_deepspeed_has_it_all():
+    assert probe.missing() == []
+
+
+@pytest.mark.parametrize("owner", [probe.ENGINE, probe.ZERO, probe.GRID])
+def test_a_renamed_attribute_is_one_refusal_that_names_it(owner):
+    renamed = mock.patch.dict(probe.NEEDED, {owner: probe.NEEDED[owner] + " was_renamed"})
+    said = rf"missing {owner[0]}\.{owner[1]}\.was_renamed\. Install"
+    with renamed, pytest.raises(seam.HostChangedError, match=said):
+        seam.check_host()
+
+
+def test_an_attribute_that_a_constructor_assigns_is_known():
+    class Base:
+        def __init__(self):
+            self.assigned = 1
+
+    class Derived(Base):
+        @property
+        def asked(self):
+            return self.inside
+
+    assert {"assigned", "asked", "inside"} <= probe.known(Derived)
+    assert "renamed" not in probe.known(Derived)

@@ -1,0 +1,56 @@
+"""A rule that sees whole matrices: as the simulator has it, in the engine, beside another, and under ZeRO-1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.multiproc import training as t
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = pytest.mark.multiproc
+RULE = {"type": "MatrixRule", "params": {"lr": 1e-2}}
+CALLS = 6
+
+
+def mixed(parameters):
+    """Matrices by the rule, the rest by NAdam."""
+    matrices = [p for p in parameters if p.dim() > 1]
+    rest = [p for p in parameters if p.dim() < 2]
+    return [{"params": matrices}, {"params": rest, "method": "DelayAwareNAdamW", "lr": 3e-3}]
+
+
+def train(rank, stages, dp, config, groups=None):
+    from tests.multiproc import matrix_rule  # noqa: F401 (its row)
+
+    return t.train(rank, stages, 1, CALLS, config, groups=groups)
+
+
+def expected(stages, groups=lambda ps: ps, **more):
+    from tests.multiproc.matrix_rule import MatrixRule
+
+    return t.simulate(stages, 1, CALLS, lambda ps: MatrixRule(groups(ps), lr=1e-2), **more)
+
+
+@pytest.mark.parametrize("groups", [None, mixed])
+def test_a_matrix_rule_is_the_simulators_to_the_bit(groups):
+    results = run_ranks(train, 2, stages=2, dp=1, config=t.ds_config(1, RULE, block={}), groups=groups)
+    t.assert_same(results, *expected(2, **({} if groups is None else {"groups": groups})))
+
+
+@pytest.mark.parametrize("more", [{}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}])
+def test_zero_1_cuts_between_matrices(more):
+    """Two stages of two replicas; every matrix is updated whole, by one of them."""
+    config = t.ds_config(1, RULE, block={}, zero_optimization={"stage": 1}, zero_allow_untested_optimizer=True, **more)
+    results = run_ranks(train, 4, stages=2, dp=2, config=config)
+    from noflush.simulate import Precision
+
+    precision = Precision(torch.bfloat16, torch.float32) if more else Precision()
+    losses, weights = expected(2, replicas=2, precision=precision)
+    for stage in range(2):
+        for replica in range(2):
+            got = results[2 * stage + replica]["weights"]
+            for a, b in zip(got, weights[stage], strict=True):
+                assert torch.allclose(a, b, rtol=1e-2 if more else 1e-5, atol=1e-2 if more else 1e-6)
+    for replica in range(2):
+        assert results[2 + replica]["losses"] == pytest.approx(losses[replica], rel=1e-2 if more else 1e-5)
