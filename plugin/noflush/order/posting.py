@@ -12,7 +12,7 @@ the host has gone on, and the host may stand still at any moment: a lazily loade
 user's ``synchronize``, or one hardware queue for all streams. Both ends of a link start their messages in one and the
 same order: a gradient's receive is posted just before the first activation that the stage below takes after it has
 sent that gradient, and what it sends after its last one, at the call's end. Then even the strictest host, which waits
-for everything it has started before it starts anything else, gets to the end (`deadlock.check_in_step` plays just
+for everything it has started before it starts anything else, gets to the end (`accelerator.check_in_step` plays just
 that). Since the host of an accelerator runs ahead of the device, no receive starts later than its message can come.
 """
 
