@@ -1,11 +1,12 @@
 """Every attribute of DeepSpeed's that this wing reads, calls or assigns, and whether this DeepSpeed still has it.
 
 A test compares the lists with the wing's own code. An attribute counts as there if its class, or one it derives from,
-defines it or names it in the code of a method: most are assigned in a constructor.
+defines it or assigns it in the code of a method, as a constructor does.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
 from collections.abc import Iterator
 from types import CodeType
@@ -81,7 +82,7 @@ def missing() -> list[str]:
 
 
 def known(owner: type) -> set[str]:
-    """Names that ``owner`` and the classes it derives from define, annotate, or use in their code."""
+    """Names that ``owner`` and the classes it derives from define, annotate, or assign in their code."""
     names = set(dir(owner))
     for kind in owner.__mro__:
         names |= set(vars(kind).get("__annotations__", ()))
@@ -100,7 +101,9 @@ def _names_in(value: Any) -> Iterator[str]:
 
 
 def _of_code(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _of_code(constant)
+        elif isinstance(constant, str):  # self.__dict__["module"] = ...
+            yield constant

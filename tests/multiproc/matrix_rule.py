@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from noflush.methods.method import Method
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.ranges import fraction, not_negative
-from noflush.methods.table import METHODS, Row
+from noflush.methods.table import Row
 
 ROW = Row(
     module="tests.multiproc.matrix_rule",
@@ -16,7 +16,6 @@ ROW = Row(
     state=("moved", "norms"),
     params={"lr": not_negative(1e-2), "momentum": fraction(0.9), "weight_decay": not_negative(0.0)},
 )
-METHODS["MatrixRule"] = ROW
 
 
 class Hyper(NamedTuple):

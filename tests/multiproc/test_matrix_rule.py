@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
+from noflush.methods.table import METHODS
+from tests.multiproc import matrix_rule
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -21,15 +25,13 @@ def mixed(parameters):
 
 
 def train(rank, stages, dp, config, groups=None):
-    from tests.multiproc import matrix_rule  # noqa: F401 (its row)
-
+    METHODS["MatrixRule"] = matrix_rule.ROW
     return t.train(rank, stages, 1, CALLS, config, groups=groups)
 
 
 def expected(stages, groups=lambda ps: ps, **more):
-    from tests.multiproc.matrix_rule import MatrixRule
-
-    return t.simulate(stages, 1, CALLS, lambda ps: MatrixRule(groups(ps), lr=1e-2), **more)
+    with mock.patch.dict(METHODS, {"MatrixRule": matrix_rule.ROW}):
+        return t.simulate(stages, 1, CALLS, lambda ps: matrix_rule.MatrixRule(groups(ps), lr=1e-2), **more)
 
 
 @pytest.mark.parametrize("groups", [None, mixed])
