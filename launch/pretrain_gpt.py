@@ -164,7 +164,7 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
             training = prepare(settings, found.rank, lines, count, signals, store)
         reason = training.run()
         if found.rank == 0:
-            _say_why(training.settings, training.position, reason)
+            say_why(training.settings, training.position, reason)
         if training.lock is not None:
             training.lock.release()
         # All is done and saved: a peer that hangs on its way out changes nothing.
@@ -203,7 +203,7 @@ def _say_last_words(settings: Settings, found: Rendezvous, iteration: int, error
     sys.stdout.flush()
 
 
-def _say_why(settings: Settings, position: Position, reason: str | None) -> None:
+def say_why(settings: Settings, position: Position, reason: str | None) -> None:
     iteration, left = position.iteration, settings.steps.samples - position.consumed
     folder = settings.checkpoints.save
     if reason is None:

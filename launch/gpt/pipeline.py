@@ -29,7 +29,7 @@ class _Seeded:
             return self.typename(*self.module_args)
 
 
-class _Layer(_Seeded, LayerSpec):  # type: ignore[misc]
+class SeededLayer(_Seeded, LayerSpec):  # type: ignore[misc]
     def __init__(self, seed: int, typename: type[nn.Module], *args: Any) -> None:
         super().__init__(typename, *args)
         self.seed = seed
@@ -59,16 +59,16 @@ def layer_specs(
     # Seeds far apart, so that runs with neighbouring seeds share no layer's draws.
     seeds = [seed * 100_003 + number for number in range(model.layers + 2)]
     layers: list[LayerSpec] = [
-        _TiedEmbedding(seeds[0], config, model) if model.tied else _Layer(seeds[0], Embedding, config, model)
+        _TiedEmbedding(seeds[0], config, model) if model.tied else SeededLayer(seeds[0], Embedding, config, model)
     ]
     for number in range(1, model.layers + 1):
         recompute = (number - 1) % per_stage < recomputed
-        layers.append(_Layer(seeds[number], Block, config, spec, model, number, recompute))
-    layers.append(_Layer(seeds[-1], FinalNorm, config))
+        layers.append(SeededLayer(seeds[number], Block, config, spec, model, number, recompute))
+    layers.append(SeededLayer(seeds[-1], FinalNorm, config))
     if model.tied:
         layers.append(_TiedEmbedding(seeds[0], config, model, forward_fn=tied_head))
     else:
-        layers.append(_Layer(seeds[-1], Head, config, model))
+        layers.append(SeededLayer(seeds[-1], Head, config, model))
     return layers
 
 

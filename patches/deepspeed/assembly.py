@@ -6,63 +6,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.kernels.choice import choose
-from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
-from noflush.stage.messages import Payload
+from noflush.patches.deepspeed.work import EngineWork
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
 from noflush.stage.stage import Stage, StageOptions
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights, Weights
-
-
-class EngineWork:
-    """A `stage.Work` that hands everything on to the engine, whose names are free of DeepSpeed's own."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def pull(self) -> Any:
-        """As `Work.pull`."""
-        return self._engine.pull()
-
-    def forward(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
-        """As `Work.forward`."""
-        outputs: Payload = self._engine.forward_micro_batch(buffer, received, batch)
-        return outputs
-
-    def backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
-        """As `Work.backward`."""
-        self._engine.backward_micro_batch(buffer, gradients)
-
-    def input_gradients(self, buffer: int) -> list[Tensor]:
-        """As `Work.input_gradients`."""
-        gradients: list[Tensor] = self._engine.input_gradients(buffer)
-        return gradients
-
-    def batch_losses(self) -> Tensor:
-        """As `Work.batch_losses`."""
-        losses: Tensor = self._engine.mean_losses()
-        return losses
-
-    def updated(self, outcome: Outcome) -> None:
-        """As `Work.updated`."""
-        self._engine.updated(outcome)
-
-    def heard(self, step: int, report: Tensor) -> None:
-        """As `Work.heard`."""
-        self._engine.heard(step, report)
-
-    def save_stopped(self, folder: str, tag: str) -> None:
-        """As `Work.save_stopped`."""
-        self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
 
 
 def make_stage(

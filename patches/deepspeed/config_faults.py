@@ -82,8 +82,11 @@ def faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     named = at(ds, "optimizer", "type")
     if named in METHODS:
         given = at(ds, "optimizer", "params") or {}
-        wrong = METHODS[named].faults({key: value for key, value in given.items() if value != "auto"})
-        faults += [f"optimizer.params of {named}: {fault}" for fault in wrong]
+        if isinstance(given, Mapping):
+            wrong = METHODS[named].faults({key: value for key, value in given.items() if value != "auto"})
+            faults += [f"optimizer.params of {named}: {fault}" for fault in wrong]
+        else:
+            faults.append(f"optimizer.params is {given!r}: it must be a JSON object")
     flattened_by = "fp16" if at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero == 1 else None
     if why := refusal(named, flattened_by):
         faults.append(f"optimizer.type is {named!r}: {why}")

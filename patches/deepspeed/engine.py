@@ -1,8 +1,8 @@
 """DeepSpeed's pipeline engine, running without a flush.
 
 This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports, evaluation
-and checkpoints. What a stage does when is in `runner` and `schedule`; its weights are in `versions`. Attributes
-are prefixed ``_nf_``, because DeepSpeed's own class is large and free with names.
+and checkpoints. Forward and backward of a micro-batch are in `work`, all that needs no host in a `stage.Stage`.
+Attributes of its own are prefixed ``_nf_``, because DeepSpeed's class is large and free with names.
 """
 
 from __future__ import annotations
@@ -27,15 +27,11 @@ from noflush.patches.deepspeed.assembly import make_stage
 from noflush.patches.deepspeed.whole_matrices import arrange
 from noflush.stage.checkpoint import write_latest
 from noflush.stage.late_reader import LateReader
-from noflush.stage.messages import Payload, StageFigures
-from noflush.stage.payloads import check_batch, check_loss
+from noflush.stage.messages import StageFigures
+from noflush.stage.payloads import check_batch
 from noflush.stage.slices import Slices
 from noflush.stage.stage import Stage
 from noflush.watch.progress import progress_line
-
-_CALLS_PER_TRACE_FILE = 200
-_LOSSES_KEPT = 1000
-_NO_LOSS = object()
 
 
 def _say(line: str) -> None:
@@ -49,6 +45,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     Built by `deepspeed.initialize` when the config has an enabled ``async_pipeline`` block. Beyond DeepSpeed's
     interface it has `drain`, `updates`, `lag`, `loss_step` and `batch_losses`.
 
+    Attributes:
+        has_one_norm: whether all stages share one gradient norm.
+        evaluating: whether `eval_batch` is running.
+        batch_of_stage: the micro-batch that is about to go forward.
+        loss_names: of the module's additional losses.
+
     Args:
         block: the checked JSON block.
         schedule: the checked schedule, of as many stages as the module has.
@@ -61,7 +63,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     # DeepSpeed's own, which carries no types.
     pipe_buffers: dict[str, list[Any]]
     num_pipe_buffers: int
-    loss: Any
     total_loss: Any
     total_additional_losses: Any
     micro_batches: int
@@ -79,17 +80,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         host_config.wall_clock_breakdown = False
         super().__init__(*args, **kwargs)
         assert schedule.gas == self.micro_batches, (schedule, self.micro_batches)
-        self._nf_evaluating = False
-        self._nf_batch: Any = None
+        self.evaluating = False
+        self.batch_of_stage: Any = None
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
         self._nf_updated = False
-        self._nf_loss_names = tuple(self.module.get_additional_losses() or ())
+        self.loss_names = tuple(self.module.get_additional_losses() or ())
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
         self.is_pipe_partitioned = self.is_grad_partitioned = False
-        self._nf_stage, updated_by = make_stage(self, block, schedule, self._nf_slices(), 1 + len(self._nf_loss_names))
+        self._nf_stage, updated_by = make_stage(self, block, schedule, self._nf_slices(), 1 + len(self.loss_names))
         self.agg_train_loss = self._nf_stage.loss
         if block.trace_dir:
             atexit.register(self._nf_stage.recorder.write)
@@ -187,7 +188,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         stage = self._nf_stage
-        if stage.calls != self.global_steps:
+        if not stage.runner.calls and stage.calls != self.global_steps:
             # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
             stage.renumber(self.global_steps)
         self.module.train()
@@ -221,73 +222,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.skipped_steps = self._nf_stage.skipped
         self._nf_write_events(before=sys.maxsize)
 
-    # ---- what the stage has this engine do -----------------------------------------------------------------
-
-    def pull(self) -> Any:
-        """The next micro-batch of DeepSpeed's iterator (for the stage)."""
-        return super()._next_batch()
+    # ---- what its `EngineWork` asks of this engine ----------------------------------------------------------
 
     def _next_batch(self) -> Any:
-        if not self._nf_evaluating:
-            return self._nf_batch
+        if not self.evaluating:
+            return self.batch_of_stage
         batch = super()._next_batch()
         check_batch(batch, self.stage_id, self.num_stages)
         return batch
 
-    def forward_micro_batch(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
-        """Forward of one micro-batch (for the stage). The last stage's loss becomes ``self.loss``."""
-        self._nf_batch = batch
-        if self.is_first_stage() or self.is_last_stage():
-            self._exec_load_micro_batch(buffer)
-        if received is not None:
-            self.pipe_buffers["inputs"][buffer] = received
-        self.loss = _NO_LOSS
-        try:
-            self._exec_forward_pass(buffer)
-        except (AttributeError, TypeError):
-            # DeepSpeed takes any loss apart as if it were a list.
-            if self.loss is not _NO_LOSS:
-                check_loss(self.loss)
-            raise
-        if self.is_last_stage():
-            check_loss(self.loss)
-        self.fwd_outputs.clear()
-        outputs: Payload = self.pipe_buffers["outputs"][buffer]
-        return outputs
-
-    def backward_micro_batch(self, buffer: int, gradients: list[Tensor] | None) -> None:
-        """Backward of one micro-batch (for the stage)."""
-        if gradients is None:
-            super()._exec_backward_pass(buffer)
-        else:
-            if self.using_bf16_optimizer:
-                self.optimizer.clear_lp_grads()
-            outputs = self.pipe_buffers["outputs"][buffer]
-            tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-            # DeepSpeed's hooks take a backward outside this flag for a user's mistake.
-            self._running_engine_backward = True
-            try:
-                # One traversal for all outputs; stock makes one for each.
-                if gradients:  # none where all before is frozen
-                    torch.autograd.backward([t for t in tensors if t.requires_grad], gradients)
-            finally:
-                self._running_engine_backward = False
-            if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
-                self.optimizer.update_hp_grads(clear_lp_grads=False)
-        for kind in ("outputs", "output_tensors", "labels"):
-            self.pipe_buffers[kind][buffer] = None
-        if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer] = None
-
-    def input_gradients(self, buffer: int) -> list[Tensor]:
-        """Gradients of a micro-batch's received tensors (for the stage); frees its buffer."""
-        inputs = self.pipe_buffers["inputs"][buffer]
-        self.pipe_buffers["inputs"][buffer] = None
-        tensors = inputs if isinstance(inputs, tuple) else (inputs,)
-        return [t.grad if t.grad is not None else torch.zeros_like(t) for t in tensors if t.requires_grad]
-
     def updated(self, outcome: Outcome) -> None:
-        """An update was made (for the stage): next learning rate."""
+        """An update was made: next learning rate (for `work`)."""
         self._global_grad_norm = outcome.norm
         self._nf_updated = True
         if self.global_rank == 0 and self.monitor.enabled:
@@ -299,23 +244,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             except TypeError:  # Megatron's schedulers count samples
                 self.lr_scheduler.step(self._nf_samples_per_call)
 
-    def mean_losses(self) -> Tensor:
-        """Mean losses of the batch that the last stage just finished, over micro-batches and replicas: [1 + n]."""
-        total, extra = self.total_loss, self.total_additional_losses or {}
-        self.total_loss = self.total_additional_losses = None
-        parts = [total, *(extra[name] for name in self._nf_loss_names)]
-        losses = torch.stack([self._scale_loss_by_gas(part).detach().reshape(()) for part in parts])
-        if self.is_data_parallel:
-            dist.all_reduce(losses, group=self.mpu.get_data_parallel_group())
-            losses /= self.dp_world_size
-        return losses.double()
-
     def heard(self, step: int, report: Tensor) -> None:
-        """The losses of call ``step`` are known here (for the stage)."""
+        """The losses of call ``step`` are known here (for `work`)."""
         self.agg_train_loss = report[0].float()
-        if self._nf_loss_names:
-            values = report[1 : 1 + len(self._nf_loss_names)].float()
-            self.agg_additional_losses = OrderedDict(zip(self._nf_loss_names, values, strict=True))
+        if self.loss_names:
+            values = report[1 : 1 + len(self.loss_names)].float()
+            self.agg_additional_losses = OrderedDict(zip(self.loss_names, values, strict=True))
         if self.global_rank == 0 and self.monitor.enabled:
             self._nf_losses.put(self.global_steps, self._nf_samples_after(step), report[:1])
 
@@ -376,12 +310,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.pipe_buffers = {kind: [] for kind in self.pipe_buffers}
         self.num_pipe_buffers = 0
         self.reset_activation_shape()
-        self._nf_evaluating = True
+        self.evaluating = True
         try:
             with self._nf_stage.on_duty():
                 return super().eval_batch(*args, **kwargs)
         finally:
-            self._nf_evaluating = False
+            self.evaluating = False
             self.pipe_buffers, self.num_pipe_buffers, was_training = training
             self.total_loss = self.total_additional_losses = None
             self.module.train(was_training)

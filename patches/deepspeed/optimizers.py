@@ -1,6 +1,6 @@
 """Every optimizer that DeepSpeed 0.19.8 can build, and whether it is exact under noflush. Pure.
 
-`HostUpdate` copies the newest weights into the next version's slot and has the optimizer step there; ZeRO-1, bf16 and
+`TorchUpdate` copies the newest weights into the next version's slot and has the optimizer step there; ZeRO-1, bf16 and
 fp16 hand it flat tensors, shards of many parameters in a row. What was tried equals the delay simulator bit for bit
 (`tests/multiproc/test_host_optimizers.py`, float32 and float32 with ZeRO-1); what is inexact is refused.
 """

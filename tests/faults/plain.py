@@ -85,9 +85,9 @@ def script(rank, world, save, victim):
     def strike(*_):
         if engine.global_steps == 0:
             victim.at("first call")
-        if engine.global_steps == STEADY and not engine._nf_evaluating:
+        if engine.global_steps == STEADY and not engine.evaluating:
             victim.at("steady state")
-        if engine._nf_evaluating:
+        if engine.evaluating:
             victim.at("evaluating")
 
     def strike_and_write(*args, **kwargs):

@@ -12,10 +12,11 @@ from noflush.patches.deepspeed import probe, seam
 
 WING = Path(__file__).parents[2] / "patches" / "deepspeed"
 EXPRESSIONS = {
-    "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine"),
+    "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine",
+               "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine"),
     "grid": (
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
-        *("assembly.py engine.grid", "assembly.py engine.mpu"),
+        *("assembly.py engine.grid", "assembly.py engine.mpu", "work.py self._engine.mpu"),
     ),
     "topology": ("assembly.py engine.grid._topo",),
     "module": (
@@ -23,11 +24,15 @@ EXPRESSIONS = {
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
     ),
     "config": (
-        *("engine.py host_config", "engine.py self._config"),
+        *("engine.py host_config", "work.py self._engine._config"),
         *("seam.py host_config", "seam.py kwargs['config_class']"),
     ),
-    "optimizer": ("engine.py self.optimizer", "assembly.py engine.optimizer", "update.py optimizer",
-                  "weights.py optimizer", "weights.py self.optimizer"),
+    "optimizer": (
+        *("engine.py self.optimizer", "work.py self._engine.optimizer", "assembly.py engine.optimizer"),
+        *("update.py optimizer", "weights.py optimizer", "weights.py self.optimizer"),
+    ),
+    "scaler": ("update.py optimizer.loss_scaler",),
+    "tied": ("seam.py spec",),
 }  # fmt: skip
 OWNERS = {
     "engine": [probe.ENGINE],
@@ -36,10 +41,27 @@ OWNERS = {
     "module": [probe.MODULE],
     "config": [probe.CONFIG],
     "optimizer": [probe.BF16, probe.ZERO],
+    "scaler": [probe.SCALER],
+    "tied": [probe.TIED],
 }
+HOSTS_OWN = ("engine", "self._engine", "self.grid", "self.module", "self.mpu", "self.optimizer", "self._config",
+             "self.monitor", "self.lr_scheduler", "optimizer", "grid", "model", "host_config",
+             "kwargs['model']", "kwargs['config_class']")  # fmt: skip
+"""What these begin is DeepSpeed's, at least at first."""
+FURTHER_IN = {
+    "engine.py self.monitor": "DeepSpeed's MonitorMaster, made at run time",
+    "engine.py self.lr_scheduler": "whatever the script has",
+    "engine.py self._nf_stage": "ours",
+    "work.py self._engine.fwd_outputs": "a list",
+    "seam.py host_config.bfloat16_config": "pydantic fields, read as they are",
+    "seam.py host_config.float16_config": "pydantic fields, read as they are",
+    "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
+    "update.py self._update": "ours",
+}
+OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "__init__")
 TORCHS = {"module": {"train", "training", "parameters"}}
-OF_PROTOCOLS = {"engine": {"_exec_schedule"}}
-"""`eval_batch` of DeepSpeed's runs its own schedule, which noflush's engine must be able to interrupt."""
+OF_PROTOCOLS = {"engine": {"_exec_schedule"}, "scaler": {"dynamic", "update_scale"}}
+"""`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler."""
 
 
 def used(owner):
@@ -60,7 +82,7 @@ def used(owner):
             for n in ast.walk(ours)
             if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "super()" and n.attr != "__init__"
         }
-        found = {n for n in found if not n.startswith("_nf_") and n not in ("has_one_norm", "__init__")}
+        found = {n for n in found if not n.startswith("_nf_") and n not in OUR_ATTRIBUTES}
         found = (found - own) | called_above | {"save_checkpoint"}
     return found - TORCHS.get(owner, set())
 
@@ -69,6 +91,19 @@ def used(owner):
 def test_the_probe_lists_what_the_wing_uses(owner):
     listed = {name for of in OWNERS[owner] for name in probe.NEEDED[of].split()}
     assert used(owner) | OF_PROTOCOLS.get(owner, set()) == listed
+
+
+def test_no_expression_of_deepspeeds_is_overlooked():
+    listed = {expression for expressions in EXPRESSIONS.values() for expression in expressions} | set(FURTHER_IN)
+    seen = set()
+    for file in WING.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                value = ast.unparse(node.value)
+                # What a call returns is somebody else's.
+                if "(" not in value and any(value == own or value.startswith(f"{own}.") for own in HOSTS_OWN):
+                    seen.add(f"{file.name} {value}")
+    assert seen - listed == set()
 
 
 def test_this_deepspeed_has_it_all():

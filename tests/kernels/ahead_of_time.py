@@ -37,7 +37,7 @@ def step_source(rule, gradient, model, moments, length="i32"):
         "state1": MODEL[moments], "c": "*fp32", "n": length,
     }  # fmt: skip
     constants = {
-        "RULE": METHOD[rule].fused.rule, "STATES": len(METHOD[rule].row.state), "MASTER": model != "fp32", "ZERO": True,
+        "RULE": METHOD[rule].fused.rule, "STATES": len(METHOD[rule].row.state), "MASTER": model != "fp32",
         "ROUND": moments == "bf16", "BLOCK": BLOCK,
     }  # fmt: skip
     return _source(fused.step, types, constants)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from noflush.launch.gpt.pipeline import _Layer
+from noflush.launch.gpt.pipeline import SeededLayer
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def device(monkeypatch):
 
 def test_a_gpus_generator_goes_on_where_it_stood(device):
     before, before_cpu = device.get_state(), torch.get_rng_state()
-    drawn = _Layer(7, nn.Linear, 3, 5).build().weight
+    drawn = SeededLayer(7, nn.Linear, 3, 5).build().weight
     assert torch.equal(device.get_state(), before)
     assert torch.equal(torch.get_rng_state(), before_cpu)
     with torch.random.fork_rng(devices=()):
@@ -43,14 +43,14 @@ def test_what_a_gpu_draws_is_seeded_too(device):
             super().__init__()
             self.values = torch.rand(4, generator=device)
 
-    first, second = _Layer(7, Drawn).build().values, _Layer(7, Drawn).build().values
+    first, second = SeededLayer(7, Drawn).build().values, SeededLayer(7, Drawn).build().values
     assert torch.equal(first, second)
-    assert not torch.equal(first, _Layer(8, Drawn).build().values)
+    assert not torch.equal(first, SeededLayer(8, Drawn).build().values)
 
 
 def test_without_a_gpu_none_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("asked"))
     before = torch.get_rng_state()
-    assert torch.equal(_Layer(7, nn.Linear, 3, 5).build().weight, _Layer(7, nn.Linear, 3, 5).build().weight)
+    assert torch.equal(SeededLayer(7, nn.Linear, 3, 5).build().weight, SeededLayer(7, nn.Linear, 3, 5).build().weight)
     assert torch.equal(torch.get_rng_state(), before)

@@ -375,6 +375,8 @@ def test_told_to_end(number, long_corpus, out):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # As a terminal's shell leaves it: what runs the tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             deadline = time.monotonic() + 120

@@ -12,7 +12,7 @@ from noflush.launch.arguments.parser import ArgumentsError
 from noflush.launch.arguments.progress import position_in, steps_from, traced
 from noflush.launch.arguments.settings import Checkpoints
 from noflush.launch.data.datasets import samples_needed
-from noflush.launch.pretrain_gpt import _say_why
+from noflush.launch.pretrain_gpt import say_why
 from noflush.launch.training import checkpoint
 from noflush.launch.training.beside_weights import POSITION
 from noflush.launch.training.learning_rate import rates_of
@@ -102,9 +102,9 @@ def test_what_is_less_than_a_batch_is_said_at_the_end(tmp_path, capsys):
     run = resumed(tmp_path, before, "--train-samples 48 --global-batch-size 12")
     walk = Walk(run, before=before)
     assert walk.consumed == [4, 16, 28, 40]
-    _say_why(run, walk.position(), None)
+    say_why(run, walk.position(), None)
     whole = understood("--train-iters 3 --global-batch-size 4")
-    _say_why(whole, Walk(whole).position(), None)
+    say_why(whole, Walk(whole).position(), None)
     said = "finished at iteration 4; 8 of 48 samples are left, less than a batch\nfinished at iteration 3\n"
     assert capsys.readouterr().out == said
 

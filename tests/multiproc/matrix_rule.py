@@ -29,7 +29,7 @@ class Coefficients(NamedTuple):
     momentum: Any
 
 
-def rule(gradients, weights, targets, states, c, master, zero, seed):
+def rule(gradients, weights, targets, states, c, master, seed):
     for gradient, w, target, (moved, norms) in zip(gradients, weights, targets, states, strict=True):
         moved.mul_(c.momentum).add_(gradient.to(w.dtype) * c.gradient)
         norm = moved.norm()
@@ -38,8 +38,6 @@ def rule(gradients, weights, targets, states, c, master, zero, seed):
         (w if master else target).copy_(new)
         if master:
             target.copy_(new)
-        if zero:
-            gradient.zero_()
 
 
 class MatrixRule(DelayAwareOptimizer):

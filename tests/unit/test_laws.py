@@ -96,3 +96,21 @@ def test_every_package_folder_is_listed_for_the_wheel():
     for wing, folder in WINGS.items():
         for package in folder.rglob("__init__.py"):
             assert '"' + ".".join([wing, *package.parent.relative_to(folder).parts]) + '"' in listed
+
+
+OTHERS = ("torch", "os", "sys", "atexit", "multiprocessing", "distributed_c10d", "Campaign", "function", "generating")
+"""Whose private names a test may use: torch's and Python's, where nothing public tells the same, and its own."""
+
+
+def test_no_test_reaches_into_private_attributes():
+    reached = []
+    for file in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("noflush"):
+                reached += [f"{file.name}: {name.name}" for name in node.names if name.name.startswith("_")]
+            elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                owner = ast.unparse(node.value)
+                public = node.attr in ("_replace", "_fields", "_asdict", "_neg_view")  # a NamedTuple's, and torch's
+                if owner.split(".")[0].split("(")[0] not in ("self", "cls", *OTHERS) and not public:
+                    reached.append(f"{file.name}: {owner}.{node.attr}")
+    assert reached == []

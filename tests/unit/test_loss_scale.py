@@ -68,7 +68,7 @@ def test_old_batches_are_forgotten():
     scale = TravellingScale(Halving(), horizon=4)
     for batch in range(100):
         scale.begin(batch)
-    assert len(scale._generations) == 4
+    assert scale.remembered == 4
 
 
 def test_settling_judges_what_began_and_a_new_run_goes_on_alike():

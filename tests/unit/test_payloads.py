@@ -94,22 +94,22 @@ def test_each_end_judges_what_it_reads():
 
 
 def test_what_is_conjugated_lazily_travels_as_its_values():
-    from noflush.stage.channels import _wire
+    from noflush.stage.channels import as_wire
 
     x = torch.tensor([1 + 2j, 3 - 1j])
     for lazy in (x.conj(), torch.tensor([1.0, -2.0])._neg_view(), x.conj().imag):
-        wire = _wire(lazy.detach().resolve_conj().resolve_neg().contiguous())
+        wire = as_wire(lazy.detach().resolve_conj().resolve_neg().contiguous())
         assert torch.equal(wire.view(lazy.dtype).reshape(lazy.shape), lazy)
 
 
 def test_what_nccl_cannot_carry_travels_as_bytes():
-    from noflush.stage.channels import _NATIVE, _wire
+    from noflush.stage.channels import NATIVE, as_wire
 
     for dtype in (torch.bool, torch.int16, torch.complex64, torch.complex128):
         for sent in (torch.ones(3, 2, dtype=dtype), torch.ones((), dtype=dtype)):
             received = torch.zeros_like(sent)
-            _wire(received).copy_(_wire(sent))  # a view of the very tensor, as a receive fills it
-            assert _wire(sent).dtype in _NATIVE
+            as_wire(received).copy_(as_wire(sent))  # a view of the very tensor, as a receive fills it
+            assert as_wire(sent).dtype in NATIVE
             assert torch.equal(received, sent)
-    for dtype in _NATIVE:
-        assert _wire(torch.ones(2, dtype=dtype)).dtype is dtype
+    for dtype in NATIVE:
+        assert as_wire(torch.ones(2, dtype=dtype)).dtype is dtype

@@ -25,7 +25,7 @@ def test_on_a_cpu_a_batch_is_handed_on():
 )
 def test_every_tensor_moves_and_the_rest_stays(batch):
     prefetch = Prefetch(torch.device("meta"))  # a device that is not the batch's
-    moved = prefetch._moved(batch)
+    moved = prefetch.moved(batch)
     seen = []
 
     def same(a, b):

@@ -37,9 +37,7 @@ class EagerKernel:
         """2-norm of all gradients together: 0-dim float32 on their device; inf or nan if any element is."""
         return gradient_norm(gradients)
 
-    def update(
-        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, zero: bool = True
-    ) -> Outcome:
+    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
         """As `flat.Kernel.update`; reads the norm."""
         scale = float(scale)
         unscaled = norm / scale
@@ -49,7 +47,7 @@ class EagerKernel:
             factor = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0).item()
         for flat in flats:
             if not finite:
-                _carry_over(flat, zero)
+                _carry_over(flat)
                 continue
             flat.clock[0] += 1
             step = flat.clock[0].item()
@@ -57,12 +55,12 @@ class EagerKernel:
                 flat.clock[1] *= flat.method.factor(flat.hyper, step)
             c = flat.method.coefficients(flat.hyper, step, flat.clock[1].item(), factor / scale)
             if flat.method.row.unit == "matrix":
-                _run_on_matrices(flat, c, zero, int(step))
+                _run_on_matrices(flat, c, int(step))
             else:
-                self._run(flat, c, zero, int(step))
+                self._run(flat, c, int(step))
         return Outcome(unscaled.float(), torch.full_like(unscaled, 0.0 if finite else 1.0))
 
-    def _run(self, flat: Flat, c: Any, zero: bool, seed: int) -> None:
+    def _run(self, flat: Flat, c: Any, seed: int) -> None:
         n = flat.gradient.numel()
         chunk = _CHUNK if flat.gradient.device.type == "cpu" else max(n, 1)
         for first in range(0, n, chunk):
@@ -74,10 +72,10 @@ class EagerKernel:
                 tuple(s[part] for s in flat.state),
                 c,
                 flat.master,
-                zero,
                 seed,
                 first,
             )
+            flat.gradient[part].zero_()
 
 
 class CompiledKernel(EagerKernel):
@@ -88,11 +86,11 @@ class CompiledKernel(EagerKernel):
     def __init__(self) -> None:
         self._compiled: dict[str, Callable[..., None]] = {}
 
-    def _run(self, flat: Flat, c: Any, zero: bool, seed: int) -> None:
+    def _run(self, flat: Flat, c: Any, seed: int) -> None:
         name, device = flat.method.name, flat.gradient.device
         if name not in self._compiled:
             # Dynamic: a length a stage and group must not compile anew; 0-dim tensors: nor must a learning rate.
-            self._compiled[name] = torch.compile(flat.method.rule, dynamic=True, fullgraph=True)
+            self._compiled[name] = torch.compile(_clearing(flat.method.rule), dynamic=True, fullgraph=True)
         tensors = type(c)(*(torch.tensor(x, dtype=torch.float32, device=device) for x in c))
         self._compiled[name](
             flat.gradient,
@@ -101,23 +99,30 @@ class CompiledKernel(EagerKernel):
             flat.state,
             tensors,
             flat.master,
-            zero,
             torch.tensor(seed, device=device),
         )
 
 
-def _run_on_matrices(flat: Flat, c: Any, zero: bool, seed: int) -> None:
+def _clearing(rule: Callable[..., None]) -> Callable[..., None]:
+    def clearing(gradient: Tensor, *rest: Any) -> None:
+        rule(gradient, *rest)
+        gradient.zero_()
+
+    return clearing
+
+
+def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     """A method's rule on the matrices of a flat group, all at once, for it to batch those of equal shape."""
 
     def views(of: Tensor) -> list[Tensor]:
         return [piece.of(of) for piece in flat.pieces]
 
     states = [tuple(piece.of(t) for piece, t in zip(places, flat.state, strict=True)) for places in flat.state_pieces]
-    flat.method.rule(views(flat.gradient), views(flat.weights), views(flat.target), states, c, flat.master, zero, seed)
+    flat.method.rule(views(flat.gradient), views(flat.weights), views(flat.target), states, c, flat.master, seed)
+    flat.gradient.zero_()
 
 
-def _carry_over(flat: Flat, zero: bool) -> None:
+def _carry_over(flat: Flat) -> None:
     """The next version of a skipped update: the same weights; their state and clock stay."""
     flat.target.copy_(flat.weights)
-    if zero:
-        flat.gradient.zero_()
+    flat.gradient.zero_()

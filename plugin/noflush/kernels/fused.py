@@ -135,7 +135,7 @@ def _store(pointer, offsets, value, n, MASKED: tl.constexpr):
 @triton.jit
 def _update_block(
     gradient, weights, target, state0, state1, c, offsets, n,
-    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ZERO: tl.constexpr, ROUND: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     skip = tl.load(c + SKIP) != 0.0
@@ -163,14 +163,13 @@ def _update_block(
     if MASTER:
         _store(weights, offsets, new, n, MASKED)
     _store(target, offsets, new, n, MASKED)
-    if ZERO:
-        _store(gradient, offsets, tl.zeros_like(raw), n, MASKED)
+    _store(gradient, offsets, tl.zeros_like(raw), n, MASKED)
 
 
 @triton.jit(do_not_specialize=["n"])
 def step(
     gradient, weights, target, state0, state1, c, n,
-    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ZERO: tl.constexpr, ROUND: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One update of n elements; tensors as `flat.Flat`, c: one group's numbers from `prepare`; STATES: 1 or 2."""
@@ -178,9 +177,9 @@ def step(
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     if (block + 1) * BLOCK <= n:
         _update_block(
-            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ZERO, ROUND, False
+            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ROUND, False
         )  # fmt: skip
     else:
         _update_block(
-            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ZERO, ROUND, True
+            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ROUND, True
         )  # fmt: skip

@@ -89,9 +89,7 @@ class TritonKernel:
         fused.finish_norm[(1,)](self._partials, self._norm, first, BLOCK=1024)
         return self._norm.reshape(())
 
-    def update(
-        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, zero: bool = True
-    ) -> Outcome:
+    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
         """As `flat.Kernel.update`, without reading anything back.
 
         The outcome's tensors are overwritten eight updates later.
@@ -105,12 +103,12 @@ class TritonKernel:
         for fused_rule, members in groupby(flats, key=lambda flat: flat.method.fused):
             group = list(members)
             if fused_rule is None:
-                found = self._in_torch(group, norm, max_norm, scale, zero)
+                found = self._in_torch(group, norm, max_norm, scale)
             else:
-                self._launch(fused_rule, group, norm, outcome, zero)
+                self._launch(fused_rule, group, norm, outcome)
         return found
 
-    def _launch(self, rule: Fused, flats: Sequence[Flat], norm: Tensor, outcome: Tensor, zero: bool) -> None:
+    def _launch(self, rule: Fused, flats: Sequence[Flat], norm: Tensor, outcome: Tensor) -> None:
         """Groups of one method, whose clocks lie one after the other."""
         first = flats[0].clock
         assert all(f.clock.data_ptr() == first.data_ptr() + 8 * i for i, f in enumerate(flats)), "clocks lie apart"
@@ -143,18 +141,15 @@ class TritonKernel:
                 RULE=rule.rule,
                 STATES=len(flat.state),
                 MASTER=flat.master,
-                ZERO=zero,
                 ROUND=flat.state[0].dtype == torch.bfloat16,
                 BLOCK=BLOCK,
                 num_warps=4,
             )
 
-    def _in_torch(
-        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, zero: bool
-    ) -> Outcome:
+    def _in_torch(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
         on_cpu = [flat.clock.cpu() for flat in flats]
         copies = [replace(flat, clock=clock) for flat, clock in zip(flats, on_cpu, strict=True)]
-        outcome = self._plain.update(copies, norm, max_norm, scale, zero)
+        outcome = self._plain.update(copies, norm, max_norm, scale)
         for flat, clock in zip(flats, on_cpu, strict=True):
             flat.clock.copy_(clock)
         return outcome

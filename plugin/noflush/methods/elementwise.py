@@ -2,7 +2,7 @@
 
 Such a rule takes tensors of one shape and updates them in place:
 
-- ``gradient``: any floating dtype; zeroed if ``zero`` is true;
+- ``gradient``: any floating dtype; only read;
 - ``weights``: float32 (float64 in tests). With ``master`` they are updated in place and ``target``, the next weight
   version in the model's dtype, gets them rounded; without, only ``target`` is written (it may be ``weights``);
 - ``state``: its tensors; moments may be bfloat16, and are then rounded stochastically with noise from ``seed``;
@@ -56,12 +56,10 @@ def move_moments(gradient: Tensor, weights: Tensor, state: tuple[Tensor, ...], c
 
 
 def finish(
-    gradient: Tensor,
     new: Tensor,
     target: Tensor,
     moments: tuple[tuple[Tensor, Tensor], ...],
     master: bool,
-    zero: bool,
     seed: Any,
     first: int,
 ) -> None:
@@ -69,5 +67,3 @@ def finish(
     _store_moments(moments, seed, first)
     if master:
         target.copy_(new)
-    if zero:
-        gradient.zero_()

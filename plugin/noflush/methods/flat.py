@@ -109,15 +109,12 @@ class Kernel(Protocol):
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """2-norm of all gradients together: 0-dim float32 on their device; inf or nan if any element is."""
 
-    def update(
-        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, zero: bool = True
-    ) -> Outcome:
-        """One update of all flats, or none.
+    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
+        """One update of all flats, or none; clears the gradients.
 
         Args:
             flats: what to update, and how; their clocks move on.
             norm: of the scaled gradients, from `norm`, over all shards.
             max_norm: clips the unscaled norm to so much; 0 clips nothing.
             scale: loss scale the gradients carry; a number, or a tensor of one element.
-            zero: whether to clear the gradients.
         """

@@ -48,9 +48,9 @@ class Method:
             device reads, in float64). Those that depend on the stage alone are worked out in it.
         coefficients: ``coefficients(hyper, step, product, gradient)``: the numbers of update ``step`` (from 1), a
             NamedTuple of floats whose first is the factor of every gradient, handed in (unscale times clip).
-        rule: the arithmetic, in place. Of unit ``element``: ``rule(gradient, weights, target, state, c, master, zero,
+        rule: the arithmetic, in place. Of unit ``element``: ``rule(gradient, weights, target, state, c, master,
             seed, first)`` over tensors of one shape, as `elementwise` explains. Of unit ``matrix``:
-            ``rule(gradients, weights, targets, states, c, master, zero, seed)``, lists of whole tensors in their
+            ``rule(gradients, weights, targets, states, c, master, seed)``, lists of whole tensors in their
             shapes, and of a tuple of state tensors each.
         factor: ``factor(hyper, step)``: what the running product is multiplied by at update ``step``; None: none is
             kept.

@@ -108,7 +108,6 @@ def rule(
     state: tuple[Tensor, ...],
     c: Coefficients,
     master: bool,
-    zero: bool,
     seed: Any = 0,
     first: int = 0,
 ) -> None:
@@ -118,7 +117,7 @@ def rule(
     new = weights if master else target
     new.copy_(weights * c.decay)
     new.addcdiv_(g * c.of_gradient, denominator).addcdiv_(m * c.of_momentum, denominator)
-    finish(gradient, new, target, ((state[0], m), (state[1], v)), master, zero, seed, first)
+    finish(new, target, ((state[0], m), (state[1], v)), master, seed, first)
 
 
 @jit

@@ -85,7 +85,6 @@ def rule(
     state: tuple[Tensor, ...],
     c: Coefficients,
     master: bool,
-    zero: bool,
     seed: Any = 0,
     first: int = 0,
 ) -> None:
@@ -98,7 +97,7 @@ def rule(
     drift = new - weight
     weight.copy_(new)
     new.add_(drift * c.of_momentum)
-    finish(gradient, new, target, (), master, zero, seed, first)
+    finish(new, target, (), master, seed, first)
 
 
 def fresh(p: Tensor) -> tuple[Tensor, ...]:

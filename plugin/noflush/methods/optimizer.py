@@ -105,6 +105,8 @@ class DelayAwareOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group of another method takes what it leaves out from that method's row.
 
+        Learning rate and weight decay excepted, which schedules set for all groups: those are this optimizer's.
+
         Raises ValueError for a value outside its range, or a method that is none of noflush's.
         """
         name = param_group.get("method", self.METHOD.name)
@@ -180,9 +182,9 @@ class DelayAwareOptimizer(Optimizer):
         c = method.coefficients(hyper, step, product, 1.0)
         tensors = tuple(state[name] for name in row.state)
         if row.unit == "element":
-            method.rule(p.grad, p, p, tensors, c, False, False, int(step))
+            method.rule(p.grad, p, p, tensors, c, False, int(step))
         else:
-            method.rule([p.grad], [p], [p], [tensors], c, False, False, int(step))
+            method.rule([p.grad], [p], [p], [tensors], c, False, int(step))
 
     def _check_parameter(self, p: Tensor) -> None:
         name = type(self).__name__

@@ -3,17 +3,17 @@
 Pure. A receive has two ends: it is *posted* (``PA``, ``PG``), and later *waited for* (``RA``, ``RG``). Posting is said
 by index: ``PG7`` posts whatever is not posted yet up to gradient 7. Two ways:
 
-``ahead``, for gloo, whose transfers run beside the host and only once their receive is posted: so many receives are
+``ahead``, for gloo, whose transfers run beside the CPU and only once their receive is posted: so many receives are
 kept posted that a slow link's latency is not paid for every message. Activations are posted across calls and drains;
 a gradient is never posted before its activation was sent, since it cannot come earlier.
 
 ``in_step``, for an accelerator, where a receive posted too early keeps the device busy with what may come only after
-the host has gone on, and the host may stand still at any moment: a lazily loaded module, an allocator's retry, a
+the CPU has gone on, and the CPU may stand still at any moment: a lazily loaded module, an allocator's retry, a
 user's ``synchronize``, or one hardware queue for all streams. Both ends of a link start their messages in one and the
 same order: a gradient's receive is posted just before the first activation that the stage below takes after it has
-sent that gradient, and what it sends after its last one, at the call's end. Then even the strictest host, which waits
+sent that gradient, and what it sends after its last one, at the call's end. Then even the strictest CPU, which waits
 for everything it has started before it starts anything else, gets to the end (`accelerator.check_in_step` plays just
-that). Since the host of an accelerator runs ahead of the device, no receive starts later than its message can come.
+that). Since the CPU runs ahead of the device, no receive starts later than its message can come.
 """
 
 from __future__ import annotations

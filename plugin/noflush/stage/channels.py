@@ -33,15 +33,15 @@ _CONTROL_WORDS = 64
 
 
 # What NCCL can carry; everything else travels as its bytes, which costs nothing.
-_NATIVE = {
+NATIVE = {
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
     *(torch.uint8, torch.int8, torch.int32, torch.int64),
 }
 
 
-def _wire(tensor: Tensor) -> Tensor:
+def as_wire(tensor: Tensor) -> Tensor:
     """A contiguous ``tensor`` as it travels: itself or a view of its bytes."""
-    return tensor if tensor.dtype in _NATIVE else tensor.reshape(-1).view(torch.uint8)
+    return tensor if tensor.dtype in NATIVE else tensor.reshape(-1).view(torch.uint8)
 
 
 class Outbox:
@@ -71,7 +71,7 @@ class Outbox:
     def send(self, index: int, tensors: Sequence[Tensor]) -> None:
         """Starts sending message ``index``; the tensors must not be written until it is retired."""
         # Conjugated and negated lazily, a tensor has no bytes of its own to show.
-        payload = [_wire(t.detach().resolve_conj().resolve_neg().contiguous()) for t in tensors]
+        payload = [as_wire(t.detach().resolve_conj().resolve_neg().contiguous()) for t in tensors]
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
@@ -121,7 +121,7 @@ class Inbox:
             works = []
             for tensor in tensors:
                 if tensor.numel():
-                    work = self._irecv(_wire(tensor))
+                    work = self._irecv(as_wire(tensor))
                     assert work is not None
                     works.append(work)
         self._posted.append((self.next_to_post, tensors, works))
@@ -219,7 +219,7 @@ class Neighbours:
         return sum(c.open_sends for c in (self.activations_out, self.gradients_out, self.control_out) if c)
 
     def warm_up(self) -> None:
-        """Has every pair of ranks open its connections, which each may hold up the host: once, before training.
+        """Has every pair of ranks open its connections, which each may hold up the CPU: once, before training.
 
         Link by link down the pipeline, so that no two stages wait for each other.
         """

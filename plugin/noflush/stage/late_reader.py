@@ -18,7 +18,7 @@ class _Note:
 
 
 class LateReader:
-    """Small device tensors on their way to the host, read in a later call without waiting."""
+    """Small device tensors on their way to the CPU, read in a later call without waiting."""
 
     def __init__(self) -> None:
         self._notes: deque[_Note] = deque()

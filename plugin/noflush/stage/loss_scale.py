@@ -48,6 +48,11 @@ class TravellingScale:
         self._generations.pop(batch - self._horizon, None)
         return float(self._scaler.cur_scale)
 
+    @property
+    def remembered(self) -> int:
+        """Batches of which an overflow would still be news."""
+        return len(self._generations)
+
     def settle(self) -> None:
         """Judges the batches begun since the last time, by what was heard. After a drain, that is all there is."""
         if not self._fresh:

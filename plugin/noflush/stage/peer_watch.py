@@ -37,7 +37,7 @@ class PeerWatch:
         peers: those it needs, each with a gloo group that nothing else uses; a beat that does not come for its
             ``timeout_s`` is silence.
         mark: gives an event of what the device was told to do so far, with a method ``query``: until it is over the
-            rank is on duty, wherever its host stands. None where the host does the work itself.
+            rank is on duty, wherever its CPU stands. None where the CPU does the work itself.
         ended: what is done with the error once it stands; by default it is printed, and the process ends.
     """
 
@@ -63,7 +63,7 @@ class PeerWatch:
 
     @contextmanager
     def on_duty(self) -> Iterator[None]:
-        """What is done within, by the host or later by its device, needs every neighbour."""
+        """What is done within, by the CPU or later by its device, needs every neighbour."""
         self._depth += 1
         if self._depth == 1:
             self._enqueued, self._since = None, time.monotonic()

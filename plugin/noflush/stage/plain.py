@@ -38,6 +38,7 @@ class ModuleWork:
         replicas: process group of the stage's data-parallel replicas; None for one.
 
     Attributes:
+        gas: K.
         batches: an iterator of (inputs, labels), on the first and last stages; set it before each call.
     """
 
@@ -45,7 +46,8 @@ class ModuleWork:
         self, module: nn.Module, loss_fn: Callable[[Any, Any], Tensor], gas: int, last: bool, replicas: Any = None
     ) -> None:
         self.batches: Iterator[Any] = iter(())
-        self._module, self._loss_fn, self._gas, self._last, self._replicas = module, loss_fn, gas, last, replicas
+        self.gas = gas
+        self._module, self._loss_fn, self._last, self._replicas = module, loss_fn, last, replicas
         self._buffers: dict[int, tuple[Payload | None, Payload]] = {}
         self._losses: list[Tensor] = []
 
@@ -60,7 +62,7 @@ class ModuleWork:
             loss = self._loss_fn(outputs, batch[1])
             check_loss(loss)
             self._losses.append(loss.detach())
-            outputs = loss / self._gas
+            outputs = loss / self.gas
         self._buffers[buffer] = received, outputs
         return outputs
 
@@ -152,6 +154,11 @@ class PlainStage(Stage):
         self._module_work.batches = data
         self.train_batch()
         return self.loss
+
+    def change_gas(self, gas: int) -> None:
+        """As `Stage.change_gas`."""
+        super().change_gas(gas)
+        self._module_work.gas = gas
 
     @torch.no_grad()
     def _mean_gradients(self) -> None:

@@ -1,6 +1,6 @@
 """A call's micro-batches on their way to the device, all of them as the call opens, beside what it computes.
 
-A blocking copy in the middle of a call would hold up the host, and with it all that it has not enqueued yet.
+A blocking copy in the middle of a call would hold up the CPU, and with it all that it has not enqueued yet.
 """
 
 from __future__ import annotations
@@ -48,17 +48,18 @@ class Prefetch:
         if not isinstance(batch, (tuple, list)):  # refused when it is taken
             return batch
         reads = (*self._reads, *[False] * len(batch))
-        return tuple(self._moved(part) if read else part for part, read in zip(batch, reads, strict=False))
+        return tuple(self.moved(part) if read else part for part, read in zip(batch, reads, strict=False))
 
-    def _moved(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
+        """``value`` with every tensor in it on the device, or on its way there."""
         if isinstance(value, Tensor):
             if value.device == self._device:
                 return value
             if self._stream is not None and value.device.type == "cpu":
-                # Only a copy from pinned memory does not hold up the host. Its own: who pulls may fill his buffer anew.
+                # Only a copy from pinned memory does not hold up the CPU. Its own: who pulls may fill his buffer anew.
                 value = torch.empty_like(value, pin_memory=True).copy_(value)
             return value.to(self._device, non_blocking=True)
-        return _map(self._moved, value)
+        return _map(self.moved, value)
 
     def _reads_on(self, stream: Any, value: Any) -> Any:
         if isinstance(value, Tensor):

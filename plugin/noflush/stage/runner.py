@@ -60,7 +60,7 @@ class StageRunner:
         ring: the stage's weight versions.
         neighbours: its channels.
         work: what the actions mean.
-        intake: opens calls; None where whoever drives the runner has data of its own.
+        intake: opens calls.
         recorder: where events go.
         report: spec of the report tensor that travels up with the last gradient of every batch.
         posting: when receives are posted.
@@ -76,7 +76,7 @@ class StageRunner:
         recorder: Recorder,
         report: TensorSpec,
         posting: Posting,
-        intake: Intake | None = None,
+        intake: Intake,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -110,13 +110,10 @@ class StageRunner:
             Op.POST_GRAD: self._post_grad,
             Op.SEND_SPEC: self._send_spec,
             Op.RECV_SPEC: self._recv_spec,
+            Op.OPEN: intake.open,
+            Op.RECV_HEADER: intake.receive_header,
+            Op.SEND_HEADER: intake.send_header,
         }
-        if intake is not None:
-            self._do |= {
-                Op.OPEN: intake.open,
-                Op.RECV_HEADER: intake.receive_header,
-                Op.SEND_HEADER: intake.send_header,
-            }
 
     @property
     def updates(self) -> int:

@@ -1,7 +1,7 @@
 """How long a device computed, from pairs of events on its stream, read when they are long over.
 
-The host of an accelerator only enqueues: its own clock tells when work was issued. Between a pair's two events lies
-what the device did for one action; what lies between pairs is waiting.
+The CPU that drives an accelerator only enqueues: its own clock tells when work was issued. Between a pair's two events
+lies what the device did for one action; what lies between pairs is waiting.
 """
 
 from __future__ import annotations

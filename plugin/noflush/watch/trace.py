@@ -1,7 +1,7 @@
 """What each rank did when: the events of the actions, the measured bubble, and the files they are written to.
 
 Recording an event costs about a microsecond and a fixed amount of memory: the newest events are kept, older
-ones overwritten, in memory as in the file. Their times are host times, so on an accelerator, which the host runs
+ones overwritten, in memory as in the file. Their times are the CPU's, so on an accelerator, which the CPU runs
 ahead of, they show when work was issued; the bubble is measured by the device's own clock there (`device_time`).
 """
 
@@ -102,7 +102,7 @@ class Recorder:
         self._times = [0] * len(_OPS)
         self._spent_ns = 0
         self._taken_ns = (0, 0)
-        # Same-host ranks share the monotonic clock; across hosts the wall clock lines them up.
+        # Ranks of one node share the monotonic clock; across nodes the wall clock lines them up.
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
     def begin(self, op: Op | None) -> Begun:
