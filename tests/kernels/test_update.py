@@ -14,7 +14,8 @@ from noflush.kernels.eager import CompiledKernel, EagerKernel
 from noflush.kernels.launch import TritonKernel
 from noflush.methods import adamw, nadamw, nag
 from noflush.methods.elementwise import noise, round_stochastically
-from noflush.methods.flat import Flat, Piece
+from noflush.methods.flat import Flat
+from noflush.methods.matrices import Piece
 from noflush.methods.table import METHODS, load
 
 pytestmark = pytest.mark.kernels

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from noflush.kernels.norm import gradient_norm
+from noflush.methods.elementwise import look
 from noflush.methods.flat import Flat, Outcome
 
 # Elements. Every operation of the rule then finds its operands in the cache; a third faster than whole tensors.
@@ -65,7 +67,9 @@ class EagerKernel:
         chunk = _CHUNK if flat.gradient.device.type == "cpu" else max(n, 1)
         for first in range(0, n, chunk):
             part = slice(first, first + chunk)
-            flat.method.rule(
+            _step(
+                flat.method.rule,
+                flat.ahead or None,
                 flat.gradient[part],
                 flat.weights[part],
                 flat.target[part],
@@ -75,7 +79,6 @@ class EagerKernel:
                 seed,
                 first,
             )
-            flat.gradient[part].zero_()
 
 
 class CompiledKernel(EagerKernel):
@@ -90,9 +93,10 @@ class CompiledKernel(EagerKernel):
         name, device = flat.method.name, flat.gradient.device
         if name not in self._compiled:
             # Dynamic: a length a stage and group must not compile anew; 0-dim tensors: nor must a learning rate.
-            self._compiled[name] = torch.compile(_clearing(flat.method.rule), dynamic=True, fullgraph=True)
+            self._compiled[name] = torch.compile(partial(_step, flat.method.rule), dynamic=True, fullgraph=True)
         tensors = type(c)(*(torch.tensor(x, dtype=torch.float32, device=device) for x in c))
         self._compiled[name](
+            torch.tensor(flat.ahead, device=device) if flat.ahead else None,
             flat.gradient,
             flat.weights,
             flat.target,
@@ -103,22 +107,27 @@ class CompiledKernel(EagerKernel):
         )
 
 
-def _clearing(rule: Callable[..., None]) -> Callable[..., None]:
-    def clearing(gradient: Tensor, *rest: Any) -> None:
-        rule(gradient, *rest)
-        gradient.zero_()
-
-    return clearing
+def _step(rule: Callable[..., None], ahead: Any, gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
+    """An element-wise ``rule``, its look-ahead (None: none), and the gradient cleared."""
+    before = None if ahead is None else weights.clone()
+    rule(gradient, weights, target, *rest)
+    if before is not None:
+        look(weights, before, target, ahead)
+    gradient.zero_()
 
 
 def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     """A method's rule on the matrices of a flat group, all at once, for it to batch those of equal shape."""
 
     def views(of: Tensor) -> list[Tensor]:
-        return [piece.of(of) for piece in flat.pieces]
+        return [matrix.of(of) for matrix in flat.matrices]
 
-    states = [tuple(piece.of(t) for piece, t in zip(places, flat.state, strict=True)) for places in flat.state_pieces]
-    flat.method.rule(views(flat.gradient), views(flat.weights), views(flat.target), states, c, flat.master, seed)
+    states = [tuple(place.of(t) for place, t in zip(places, flat.state, strict=True)) for places in flat.state_places]
+    weights, targets = views(flat.weights), views(flat.target)
+    before = [w.clone() for w in weights] if flat.ahead else []
+    flat.method.rule(views(flat.gradient), weights, targets, states, c, flat.master, seed)
+    for w, w_before, target in zip(weights, before, targets, strict=False):
+        look(w, w_before, target, flat.ahead)
     flat.gradient.zero_()
 
 

@@ -49,9 +49,11 @@ def fractions(*default: float) -> Param:
     return Param(default, f"{count} numbers in [0, 1)", holds)
 
 
-def whole(default: int) -> Param:
-    """A whole number, 0 or more."""
-    return Param(default, "a whole number, 0 or more", lambda value: isinstance(value, int) and is_within(value))
+def whole(default: int, least: int = 0) -> Param:
+    """A whole number, ``least`` or more."""
+    return Param(
+        default, f"a whole number, {least} or more", lambda value: isinstance(value, int) and is_within(value, least)
+    )
 
 
 def flag(default: bool) -> Param:
