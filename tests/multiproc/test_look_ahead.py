@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from noflush.methods.table import METHODS, load
+from noflush.methods.table import load
 from noflush.simulate import Precision
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks

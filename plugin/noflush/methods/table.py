@@ -145,6 +145,21 @@ METHODS: dict[str, Row] = {
         },
         rest="PipeDreamAdamW",
     ),
+    "DelayAwareSOAP": Row(
+        module="noflush.methods.soap",
+        unit="matrix",
+        state=("exp_avg", "exp_avg_sq", "row_covariance", "col_covariance", "row_basis", "col_basis"),
+        params={
+            "lr": not_negative(1e-3),
+            "betas": fractions(0.9, 0.999),
+            "shampoo_beta": fraction(0.999),
+            "eps": not_negative(1e-8),
+            "weight_decay": not_negative(1e-2),
+            "refresh_every": whole(10, least=1),
+            "refresh_by_delay": flag(False),
+        },
+        rest="PipeDreamAdamW",
+    ),
     "PipeDreamAdamW": Row(
         module="noflush.methods.adamw",
         unit="element",
