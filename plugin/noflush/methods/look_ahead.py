@@ -1,13 +1,13 @@
 """The look-ahead: what a forward computes with lies beyond the weights, where they are likely to be at its update.
 
-A stage whose gradients are ``delay`` updates old keeps its true weights z. An update of any method moves z by u, and the
-forwards that follow compute with
+A stage whose gradients are ``delay`` updates old keeps its true weights z. An update of any method moves z by u to
+z - u, and the forwards that follow compute with
 
-    x = z - a u,    a = share * delay
+    x = z - u - a u,    a = share * delay
 
 which is what z will be when their gradients arrive if the next ``a`` updates are as this one. NAdam's own look-ahead is
-of this kind; with a = 1 at a delay of 1 it is error feedback (arXiv 2606.30634: x <- x - 2 u + u_before), with Adam's step
-XPipe's and PipeOptim's weight prediction (arXiv 1911.04610, 2312.00839). An update that is skipped has u = 0. Pure.
+of this kind; with a = 1 at a delay of 1 it is error feedback (arXiv 2606.30634: x <- x - 2 u + u_before), with Adam's
+step XPipe's and PipeOptim's weight prediction (arXiv 1911.04610, 2312.00839). A skipped update has u = 0. Pure.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`DelayAwareMuon`: momentum whose matrices are orthogonalized, which loses less to a delay than any rule of elements."""
+"""`DelayAwareMuon`: momentum whose matrices are orthogonalized, which a delay harms less than any rule of elements."""
 
 from __future__ import annotations
 

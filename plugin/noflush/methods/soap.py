@@ -154,7 +154,7 @@ def cost(shape: Shape) -> float:
 
 
 class DelayAwareSOAP(DelayAwareOptimizer):
-    r"""SOAP, which its authors' successors found to suffer little from a delay, for hidden matrices; AdamW for the rest.
+    r"""SOAP ("basis rotation"), made for deep pipelines' delays, for hidden matrices, and AdamW for the rest.
 
     Vyas et al., "SOAP" (arXiv 2409.11321), in the form of Jung, Shin and Lee, "basis rotation" (arXiv 2602.03515,
     second moments, bilateral): the first moment stays in the original basis, the second is kept in the rotated one, and

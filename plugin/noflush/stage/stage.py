@@ -337,8 +337,8 @@ class Stage:
     def drain(self) -> None:
         """Finishes every micro-batch in flight; on all ranks. Every stage has then made as many updates as calls.
 
-        The newest weights are the true ones (a look-ahead starts anew), and where the `Weights` had them at first, which
-        hosts' checkpoints expect.
+        The newest weights are the true ones (a look-ahead starts anew), and lie where the `Weights` had them at first,
+        which hosts' checkpoints expect.
         """
         with self.recorder.outside_calls(), self.on_duty():
             self.runner.drain()
