@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from noflush.methods import DelayAwareMuon, DelayAwareSOAP, PipeDreamAdamW
+from noflush.methods.flops import gram_newton_schulz, newton_schulz
 from noflush.methods.matrices import is_matrix, mark_embeddings_and_heads, piece_of, set_cut, set_matrix
-from noflush.methods.newton_schulz import cost, orthogonalized
+from noflush.methods.newton_schulz import orthogonalized
 
 SHAPES = [(24, 16), (16, 64), (64, 16), (16, 16), (16, 16)]
 
@@ -207,6 +208,10 @@ def test_bad_values_are_refused(given, match):
         DelayAwareMuon(weights(), **given)
 
 
-def test_cost_is_less_than_the_plain_form_of_wide_matrices():
-    assert cost((768, 3072)) == cost((3072, 768)) < 2.0 * 5 * (2 * 768**2 * 3072 + 768**3)
-    assert cost((768, 768)) == 2.0 * 5 * 3 * 768**3
+def test_operations_are_the_formulas():
+    """Of the products one by one; and the Gram form is worth it from twice as wide on."""
+    m, n = 768, 3072
+    assert newton_schulz(m, n) == newton_schulz(n, m) == 5 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+    assert gram_newton_schulz(m, n) == 2 * m * m * n + 5 * 2 * m**3 + 4 * 6 * m**3 + 2 * m * m * n
+    assert gram_newton_schulz(m, 2 * m) < newton_schulz(m, 2 * m)
+    assert gram_newton_schulz(m, m) > newton_schulz(m, m)

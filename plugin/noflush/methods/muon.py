@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from noflush.methods.method import Method, Place
-from noflush.methods.newton_schulz import cost, orthogonalized
+from noflush.methods.newton_schulz import orthogonalized
 from noflush.methods.optimizer import DelayAwareOptimizer
 
 
@@ -140,4 +140,4 @@ class DelayAwareMuon(DelayAwareOptimizer):
         TypeError: a parameter that it does not have.
     """
 
-    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule, cost=cost)
+    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule)
