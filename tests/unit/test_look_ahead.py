@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from noflush.kernels.eager import EagerKernel
+from noflush.methods import look_ahead
 from noflush.methods.flat import FlatGroup
 from noflush.methods.method import Place
 from noflush.methods.table import METHODS, load
@@ -30,6 +31,13 @@ def simulate(make_optimizer, schedule, batches):
     simulator = DelaySimulator(layers(schedule.stages), nn.functional.mse_loss, make_optimizer, schedule)
     losses = [simulator.train_micro_batch(*batch).item() for batch in batches]
     return losses, [simulator.parameters(s) for s in range(schedule.stages)], simulator
+
+
+@pytest.mark.parametrize(
+    ("ratio", "delay", "steps"), [(0, 7, 0), (1, 7, 7), (1, 0.5, 0.5), (0.5, 3, 0.875), (0.9, 0, 0), (0.9, 1, 0.9)]
+)
+def test_so_many_steps_ahead(ratio, delay, steps):
+    assert look_ahead.steps({"look_ahead": ratio}, delay) == pytest.approx(steps)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,7 +90,7 @@ def test_with_all_of_a_delay_of_one_it_is_error_feedback():
 @pytest.mark.parametrize("master", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_flat_updates_hand_on_what_lies_ahead_and_keep_the_true_weights(name, master):
-    """Ten updates: the true weights are those of a run that looks nowhere, the targets lie 1.5 steps beyond."""
+    """Ten updates: the true weights are those of a run that looks nowhere, the targets lie 0.5 + 0.25 steps beyond."""
     start = [torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in ((4, 6), (5,))]
     draw = torch.Generator().manual_seed(9)
     gradients = [[torch.randn(p.shape, generator=draw) for p in start] for _ in range(10)]
@@ -117,7 +125,7 @@ def test_flat_updates_hand_on_what_lies_ahead_and_keep_the_true_weights(name, ma
         now = torch.cat([trace[step][i].reshape(-1) for i in order])
         before = torch.cat([trace[step - 1][i].reshape(-1) for i in order])
         assert torch.equal(torch.cat(true), now)
-        assert torch.equal(torch.cat(targets), now + (now - before) * 1.5)
+        assert torch.equal(torch.cat(targets), now + (now - before) * 0.75)
         if not master:
             flats = targets
     # A skipped update has made no step: what is handed on are the true weights.

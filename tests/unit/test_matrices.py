@@ -199,7 +199,7 @@ def test_a_cut_that_does_not_fit_is_refused():
     [
         ({"ns_steps": 0}, "ns_steps is 0: it must be a whole number, 1 or more"),
         ({"scale_mode": "spectrl"}, "scale_mode is 'spectrl'"),
-        ({"look_ahead": -1}, "look_ahead is -1: it must be a finite number, 0 or more"),
+        ({"look_ahead": -1}, r"look_ahead is -1: it must be in \[0, 1\]"),
         ({"momentum": 1.0}, r"momentum is 1.0: it must be in \[0, 1\)"),
     ],
 )

@@ -133,7 +133,7 @@ class DelayAwareMuon(DelayAwareOptimizer):
             :math:`\sqrt{m/n}`, ``shape_scaling`` for :math:`\sqrt{\max(1, m/n)}`.
         extra_scale_factor: s, a factor of every matrix's step.
         betas, eps: of the rest.
-        look_ahead: share of the stage's delay that forwards look ahead (`methods.look_ahead`).
+        look_ahead: how far forwards look ahead (`methods.look_ahead`).
 
     Raises:
         ValueError: a value outside its range.

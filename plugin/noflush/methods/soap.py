@@ -174,7 +174,7 @@ class DelayAwareSOAP(DelayAwareOptimizer):
         weight_decay: lambda, decoupled.
         refresh_every: updates after which the basis is found anew.
         refresh_by_delay: more often where the delay is larger, at equal cost for all stages together.
-        look_ahead: share of the stage's delay that forwards look ahead (`methods.look_ahead`).
+        look_ahead: how far forwards look ahead (`methods.look_ahead`).
 
     Raises:
         ValueError: a value outside its range.
