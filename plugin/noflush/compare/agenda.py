@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from noflush.compare.contestants import Contestant
 from noflush.compare.halving import RUNGS, Standing, standing
@@ -71,10 +72,15 @@ def rung_updates(longest: int, rung: int) -> int:
 
 def speed_of_flush(stages: int, gas: int) -> float:
     """Updates a synchronous pipeline makes in the time of one without the flush: 1 / (1 + (P-1) / K), as played."""
-    cost = Cost(1.0, 2.0)
-    with_flush = play(Schedule(stages, gas, "1f1b_flush"), [cost] * stages)
-    without = play(Schedule(stages, gas), [cost] * stages)
-    return without.seconds_per_call / with_flush.seconds_per_call
+    with_flush, without = Schedule(stages, gas, "1f1b_flush"), Schedule(stages, gas)
+    return seconds_per_update(without, 1.0) / seconds_per_update(with_flush, 1.0)
+
+
+@cache
+def seconds_per_update(schedule: Schedule, stage_seconds: float) -> float:
+    """Of a pipeline whose stages take ``stage_seconds`` a micro-batch, backward twice forward; links cost nothing."""
+    cost = Cost(stage_seconds / 3, stage_seconds * 2 / 3)
+    return play(schedule, [cost] * schedule.stages).seconds_per_call
 
 
 @dataclass(frozen=True)

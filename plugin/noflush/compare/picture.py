@@ -29,15 +29,16 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     for column, panel in enumerate(panels):
         unit, seconds = ("s", 1) if panel.seconds < 90 else ("min", 60) if panel.seconds < 5400 else ("h", 3600)
         by_tokens, by_time = grid[0][column], grid[1][column]
+        many, tokens_unit = (1e6, "millions") if panel.rows[0].curve[-1][0] >= 1e6 else (1e3, "thousands")
         for row in panel.rows:
             one = row.contestant
             style = {"color": colours[one.name], "ls": "--" if one.synchronous else "-", "lw": 1.6, "label": one.name}
-            _plot(by_tokens, [(tokens / 1e6, loss) for tokens, loss in row.curve], style)
+            _plot(by_tokens, [(tokens / many, loss) for tokens, loss in row.curve], style)
             timed = [(at / seconds, loss) for at, loss in row.equal_time.curve]
             _plot(by_time, timed, style)
             if row.equal_time.read_from != "all" and math.isfinite(timed[-1][1]):
                 by_time.plot(*timed[-1], "o", color=colours[one.name], ms=5)
-        by_tokens.set(title=f"P = {panel.stages}", xlabel="tokens (millions)")
+        by_tokens.set(title=f"P = {panel.stages}", xlabel=f"tokens ({tokens_unit})")
         by_time.set(xlabel=f"time of a pipeline ({unit})")
         for axes, ends in (
             (by_tokens, [row.curve for row in panel.rows]),
@@ -80,5 +81,5 @@ def _limits(axes: Any, curves: Sequence[Points]) -> None:
     ends = [losses[-1] for losses in finite]
     low, high = min(ends), max(ends)
     starts = max(losses[0] for losses in finite)
-    axes.set_ylim(low - 0.05 * (starts - low), min(starts, max(high + 0.3 * (high - low), low + 0.5 * (starts - low))))
+    axes.set_ylim(low - 0.05 * (starts - low), min(starts, max(high + 0.3 * (high - low), low + 0.3 * (starts - low))))
     axes.set_xlim(left=0)

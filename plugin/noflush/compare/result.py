@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from noflush.compare.agenda import Find, Plan, speed_of_flush
+from noflush.compare.agenda import Find, Plan, seconds_per_update, speed_of_flush
 from noflush.compare.contestants import ADAMW, Contestant
 from noflush.compare.curves import loss_at, mean_curve, tokens_to
 from noflush.compare.noise import Difference, Spread, difference, spread
 from noflush.compare.settings import Record, Task, Trial
-from noflush.order.timing import Cost, play
 
 Points = list[tuple[float, float]]
 
@@ -105,7 +104,6 @@ class _Found:
 
 def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> Panel:
     """The rows at P ``stages`` once every trial of ``plan`` there has run; a stage takes ``stage_ms`` a micro-batch."""
-    cost = Cost(stage_ms / 3e3, stage_ms * 2 / 3e3)
     found = {one.name: _found(plan, task, one, stages, find) for one in plan.contestants}
     sync = [one for one in plan.contestants if one.synchronous]
     means = {name: spread(list(of.losses.values())).mean for name, of in found.items()}
@@ -113,7 +111,7 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
     adamw = min((one for one in sync if one.optimizer == ADAMW), key=lambda one: means[one.name]).name
     seconds = {}
     for one in (next((o for o in plan.contestants if not o.synchronous), sync[0]), sync[0]):
-        seconds[one.synchronous] = play(one.plan(stages, task.gas), [cost] * stages).seconds_per_call * plan.updates
+        seconds[one.synchronous] = seconds_per_update(one.plan(stages, task.gas), stage_ms / 1e3) * plan.updates
     rows = []
     for one in plan.contestants:
         mine = found[one.name]
@@ -126,7 +124,7 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
                 losses=mine.losses,
                 loss=spread(list(mine.losses.values())),
                 curve=mine.curve,
-                equal_time=_equal_time(plan, task, one, stages, mine, cost),
+                equal_time=_equal_time(plan, task, one, stages, mine, stage_ms),
                 adamw=_against(adamw, mine, found[adamw]),
                 best=_against(best, mine, found[best]),
                 step_ms=statistics.median(record.step_ms for record in records),
@@ -171,8 +169,8 @@ def _against(name: str, mine: _Found, other: _Found) -> Against:
     )
 
 
-def _equal_time(plan: Plan, task: Task, one: Contestant, stages: int, mine: _Found, cost: Cost) -> EqualTime:
-    per_update = play(one.plan(stages, task.gas), [cost] * stages).seconds_per_call
+def _equal_time(plan: Plan, task: Task, one: Contestant, stages: int, mine: _Found, stage_ms: float) -> EqualTime:
+    per_update = seconds_per_update(one.plan(stages, task.gas), stage_ms / 1e3)
     per_token = per_update / task.tokens_per_update
     everything = plan.updates * task.tokens_per_update
 

@@ -92,7 +92,7 @@ class Trial:
         of_task = asdict(task)
         for name in ("text", "data", "weight_decay"):
             del of_task[name]
-        schedule = {"schedule": self.contestant.schedule}
+        schedule: dict[str, str] = {"schedule": self.contestant.schedule}
         if not self.contestant.synchronous:
             schedule["weights"] = self.contestant.weights
         return json.dumps(

@@ -14,14 +14,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from noflush.compare.corpus import Corpus
-from noflush.compare.settings import Record, Task, Trial
+from noflush.compare.settings import Part, Record, Task, Trial
 from noflush.demo import gpt, text
 from noflush.methods.table import load
 from noflush.simulate import DelaySimulator
 
-POINTS = 20
-"""Evaluations on the way."""
-_FEW, _MANY = 4, 64  # batches of an evaluation on the way, and at the end
+POINTS: dict[Part, int] = {"search": 4, "report": 20}
+"""Evaluations on the way; a search needs them to see a run diverge, and nothing else."""
+_FEW = 4  # batches of each of them
+_MANY: dict[Part, int] = {"search": 16, "report": 64}  # at the end
 _TIMED = 5  # passes that are timed
 
 
@@ -77,7 +78,8 @@ def run_trial(task: Task, corpus: Corpus, trial: Trial, at: Callable[[int], None
     def evaluate(batches: Any) -> float:
         return statistics.fmean(simulator.evaluate(*batch).item() for batch in batches)
 
-    points = {round(trial.updates * i / POINTS) for i in range(1, POINTS + 1)}
+    count = POINTS[trial.part]
+    points = {round(trial.updates * i / count) for i in range(1, count + 1)}
     curve = [(0, evaluate(few))]
     diverged = False
     for update in range(1, trial.updates + 1):
@@ -95,7 +97,7 @@ def run_trial(task: Task, corpus: Corpus, trial: Trial, at: Callable[[int], None
     many = text.batches(corpus.held_out[trial.part], task.batch, task.sequence, 1)
     return Record(
         curve=tuple(curve),
-        loss=math.inf if diverged else evaluate(itertools.islice(many, _MANY)),
+        loss=math.inf if diverged else evaluate(itertools.islice(many, _MANY[trial.part])),
         step_ms=1e3 * statistics.median(watch.updates),
         pass_ms=1e3 * task.gas * _seconds_of_pass(modules, *few[0]),
         skipped=len(simulator.skipped),
