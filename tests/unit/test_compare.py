@@ -17,7 +17,7 @@ from noflush.compare.result import panel
 from noflush.compare.settings import Record, Task, Trial
 from noflush.methods.table import METHODS
 
-TINY = ["--sequence", "8", "--width", "8", "--heads", "2", "--batch", "2", "--tokens", "1280", "--stages", "2"]
+TINY = ["--sequence", "8", "--width", "8", "--heads", "2", "--batch", "2", "--tokens", "640", "--stages", "2"]
 MINE = (
     '{"name": "mine", "optimizer": {"type": "DelayAwareNAdamW", "params": {"betas": [0.95, 0.999]}}, "rates": [0.01]}'
 )
@@ -26,7 +26,7 @@ MINE = (
 def invented(trial):
     """A record whose loss is best at lr .002, .1 nats worse without the flush."""
     loss = 2 + abs(math.log2(trial.lr / 0.002)) + trial.seed / 100 + (0 if trial.contestant.synchronous else 0.1)
-    tokens = trial.updates * 10
+    tokens = trial.updates * Task().tokens_per_update
     return Record(((0, 5.0), (tokens // 2, 1 + loss), (tokens, loss)), loss, 1.0, 2.0, 8.0)
 
 
@@ -58,8 +58,8 @@ def test_a_small_comparison_gives_tables_and_goes_on_where_it_was(tmp_path, caps
     for name in rows:
         assert 0 < rows[name]["loss"]["mean"] < math.log(256) + 0.1
         assert rows[name]["curve"][0][0] == 0
-        assert rows[name]["curve"][-1][0] == 1280
-    assert rows["sync-adamw"]["equal_time"]["tokens"] == 640
+        assert rows[name]["curve"][-1][0] == 640
+    assert rows["sync-adamw"]["equal_time"]["tokens"] == 320
     assert "| mine |" in (tmp_path / "out" / "compare.md").read_text()
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
     lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
@@ -120,7 +120,7 @@ def test_rows_stand_against_the_best_synchronous_ones_at_equal_tokens_and_time(t
     assert rows["pipedream"].equal_time.read_from == "all"
     # 4 rates at a fourth and 2 at a half, of 400 updates
     assert rows["nadam"].search_tokens == 800 * task.tokens_per_update
-    short = plan_of(["adamw"], updates=100)
+    short = plan_of(["adamw"], updates=60)
     finish(short, task, ledger)
     assert panel(short, task, 8, ledger.find, 30.0).rows[0].equal_time.read_from == "long curve"
 
@@ -169,7 +169,7 @@ def test_json_that_is_no_contestant(text, fault):
         (["--methods", "adamw,adagrad"], "--methods adagrad: no such contestant"),
         (["--stages", "0"], "--stages 0: every one must be 1 or more"),
         (["--stages", "8;32"], "give numbers separated by commas"),
-        (["--tokens", "3000"], "give 41472 or more"),
+        (["--tokens", "3000"], "give 20992 or more"),
         (["--seeds", "0"], "--seeds 0: it must be 1 or more"),
         (["--jobs", "0"], "--jobs 0: it must be 1 or more"),
         (["--lr-budget", "0"], "--lr-budget 0: it must be above 0"),

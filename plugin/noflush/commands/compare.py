@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from noflush.compare import tables
+from noflush.compare import campaign, picture, tables
 from noflush.compare.agenda import Plan
 from noflush.compare.contestants import CONTESTANTS, chosen
 from noflush.compare.halving import RUNGS
@@ -23,7 +23,7 @@ from noflush.compare.result import Panel, panel, to_json
 from noflush.compare.settings import LEAST_UPDATES, SEARCH_SEED, Task
 
 INTERRUPTED = 130
-_WIDTH = 150  # of tables that go into a file
+_WIDTH = 160  # of tables that go into a file
 
 
 def add(commands: Any) -> None:
@@ -83,7 +83,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what is missing, prints the tables and writes them; exit status 130 when it is broken off."""
-    from noflush.compare import campaign, corpus, picture
+    from noflush.compare import corpus
 
     task, plan = _task(args), _plan(args)
     if not args.no_picture:

@@ -112,6 +112,7 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
     seconds = {}
     for one in (next((o for o in plan.contestants if not o.synchronous), sync[0]), sync[0]):
         seconds[one.synchronous] = seconds_per_update(one.plan(stages, task.gas), stage_ms / 1e3) * plan.updates
+    everything = plan.updates * task.tokens_per_update
     rows = []
     for one in plan.contestants:
         mine = found[one.name]
@@ -125,8 +126,8 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
                 loss=spread(list(mine.losses.values())),
                 curve=mine.curve,
                 equal_time=_equal_time(plan, task, one, stages, mine, stage_ms),
-                adamw=_against(adamw, mine, found[adamw]),
-                best=_against(best, mine, found[best]),
+                adamw=_against(adamw, mine, found[adamw], everything),
+                best=_against(best, mine, found[best], everything),
                 step_ms=statistics.median(record.step_ms for record in records),
                 pass_ms=statistics.median(record.pass_ms for record in records),
                 skipped=sum(record.skipped for record in records),
@@ -155,17 +156,16 @@ def _records(trials: Sequence[Trial], find: Find) -> dict[int, Record]:
     return {seed: record for seed, record in found.items() if record is not None}
 
 
-def _against(name: str, mine: _Found, other: _Found) -> Against:
+def _against(name: str, mine: _Found, other: _Found, everything: int) -> Against:
     """Both curves are read, which are of the same few batches; final losses are of others, and many."""
-    all_tokens = other.curve[-1][0]
     goal, own = other.curve[-1][1], mine.curve[-1][1]
     to_goal = tokens_to(mine.curve, goal) if math.isfinite(goal) else None
     matched = tokens_to(other.curve, own) if math.isfinite(own) else None
     return Against(
         name,
         difference(mine.losses, other.losses),
-        None if to_goal is None else to_goal / all_tokens,
-        None if matched is None else matched / all_tokens,
+        None if to_goal is None else to_goal / everything,
+        None if matched is None else matched / everything,
     )
 
 

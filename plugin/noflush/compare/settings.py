@@ -11,8 +11,8 @@ from noflush.compare.contestants import Contestant
 from noflush.methods.table import METHODS
 
 Part = Literal["search", "report"]
-LEAST_UPDATES = 20
-"""Shortest run: below it a warm-up of 5 % is less than an update."""
+LEAST_UPDATES = 10
+"""Of the shortest run: fewer say nothing of a learning rate."""
 SEARCH_SEED = 0
 """Of the search; the reported seeds count from 1."""
 

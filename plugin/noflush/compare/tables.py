@@ -34,7 +34,7 @@ def cells(row: Row) -> list[str]:
         _share(row.adamw.tax, row, "not reached"),
         _share(row.adamw.matched_at, row, "never"),
         _loss(row.equal_time.loss, len(row.losses)) + mark,
-        f"{row.step_ms:.2g} / {row.pass_ms:.2g} ms = {row.update_cost:.0%}",
+        f"{row.update_cost:.0%} ({row.step_ms:.2g}/{row.pass_ms:.2g} ms)",
     ]
 
 
