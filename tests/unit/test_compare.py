@@ -11,10 +11,11 @@ import torch
 from noflush.__main__ import main
 from noflush.compare.agenda import Plan, agenda
 from noflush.compare.contestants import BASELINE, CONTESTANTS, chosen, contestant
-from noflush.compare.corpus import token_ids
+from noflush.compare.corpus import Corpus, token_ids
 from noflush.compare.ledger import Ledger
 from noflush.compare.result import panel
 from noflush.compare.settings import Record, Task, Trial
+from noflush.compare.trial import run_trial
 from noflush.methods.table import METHODS
 
 TINY = ["--sequence", "8", "--width", "8", "--heads", "2", "--batch", "2", "--tokens", "640", "--stages", "2"]
@@ -99,6 +100,15 @@ def test_losses_that_are_infinite_are_kept(tmp_path):
     found = Ledger(tmp_path, task).find(trial)
     assert found is not None
     assert found.loss == found.curve[1][1] == math.inf
+
+
+def test_a_run_that_diverges_ends_early():
+    task = Task(width=8, heads=2, sequence=8, batch=2)
+    ids = torch.randint(0, 256, (4096,), generator=torch.Generator().manual_seed(1))
+    corpus = Corpus(ids, {"search": ids, "report": ids})
+    record = run_trial(task, corpus, Trial(CONTESTANTS["pipedream"], 2, 1, 1e3, 40, "search"))
+    assert record.loss == math.inf
+    assert record.curve[-1] == (20 * task.tokens_per_update, math.inf)
 
 
 def test_rows_stand_against_the_best_synchronous_ones_at_equal_tokens_and_time(tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from noflush.compare.result import Panel, Points
+from noflush.compare.result import Panel, Points, Row
 
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 
@@ -36,6 +36,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             _plot(by_tokens, [(tokens / many, loss) for tokens, loss in row.curve], style)
             timed = [(at / seconds, loss) for at, loss in row.equal_time.curve]
             _plot(by_time, timed, style)
+            _mark_divergence(by_tokens, row, many, colours[one.name])
             if row.equal_time.read_from != "all" and math.isfinite(timed[-1][1]):
                 by_time.plot(*timed[-1], "o", color=colours[one.name], ms=5)
         by_tokens.set(title=f"P = {panel.stages}", xlabel=f"tokens ({tokens_unit})")
@@ -49,7 +50,9 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, title="dashed: with the flush")
+    figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, title="dashed: with the flush\nx: a seed diverges"
+    )
     figure.savefig(path)
 
 
@@ -73,6 +76,12 @@ def _colours(panel: Panel) -> dict[str, str]:
 def _plot(axes: Any, points: Points, style: dict[str, Any]) -> None:
     kept = [(x, y) for x, y in points if math.isfinite(y)]
     axes.plot([x for x, _ in kept], [y for _, y in kept], **style)
+
+
+def _mark_divergence(axes: Any, row: Row, many: float, colour: str) -> None:
+    kept = [(tokens / many, loss) for tokens, loss in row.curve if math.isfinite(loss)]
+    if row.loss.diverged:
+        axes.plot(*kept[-1], "x", color=colour, ms=8, mew=2)
 
 
 def _limits(axes: Any, curves: Sequence[Points]) -> None:

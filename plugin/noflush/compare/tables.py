@@ -13,8 +13,8 @@ COLUMNS = (
     "contestant",
     "lr",
     "loss at equal tokens",
-    "to sync AdamW",
-    "to best sync",
+    "to sync AdamW (SE)",
+    "to best sync (SE)",
     "token tax",
     "sync there at",
     "loss at equal time",
@@ -27,14 +27,14 @@ def cells(row: Row) -> list[str]:
     mark = {"own run": "", "long curve": " (curve)", "all": ""}[row.equal_time.read_from]
     return [
         row.contestant.name,
-        f"{row.lr:g}" + (" (edge)" if row.lr_at_edge else ""),
+        f"{row.lr:g}" + ("*" if row.lr_at_edge else ""),
         _loss(row.loss, len(row.losses)),
         _difference(row.adamw, row.contestant.name),
         _difference(row.best, row.contestant.name),
         _share(row.adamw.tax, row, "not reached"),
         _share(row.adamw.matched_at, row, "never"),
         _loss(row.equal_time.loss, len(row.losses)) + mark,
-        f"{row.update_cost:.0%} ({row.step_ms:.2g}/{row.pass_ms:.2g} ms)",
+        f"{row.update_cost:.0%} of {row.pass_ms:.2g} ms",
     ]
 
 
@@ -50,7 +50,7 @@ def _difference(against: Against, name: str) -> str:
     if against.name == name or against.difference is None:
         return "-"
     errors = against.difference.errors
-    return f"{against.difference.nats:+.3f}" + ("" if errors is None else f" ({abs(errors):.1f} SE)")
+    return f"{against.difference.nats:+.3f}" + ("" if errors is None else f" ({abs(errors):.1f})")
 
 
 def _share(share: float | None, row: Row, none: str) -> str:
@@ -100,7 +100,7 @@ def notes(panels: Sequence[Panel]) -> list[str]:
         "on this machine in one thread",
     ]
     if any(row.lr_at_edge for row in rows):
-        lines.append("(edge): the smallest or largest rate that was tried")
+        lines.append("*: the smallest or the largest rate that was tried")
     for row in rows:
         if row.skipped:
             lines.append(f"{row.contestant.name}: {row.skipped} updates skipped, as gradients were not finite")

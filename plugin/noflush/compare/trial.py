@@ -64,7 +64,8 @@ class Stopwatch:
 def run_trial(task: Task, corpus: Corpus, trial: Trial, at: Callable[[int], None] = lambda update: None) -> Record:
     """Trains ``trial`` in this process; ``at(update)`` is told after every update.
 
-    A loss that is not a number, or one on held-out text above `Task.bound`, ends it as diverged.
+    A loss that is not a number ends it as diverged, and so do two evaluations in a row above `Task.bound`, or the last
+    one: a rule with a long momentum may leap once, when the learning rate is at its largest, and come back.
     """
     started = time.perf_counter()
     torch.manual_seed(trial.seed)
@@ -81,7 +82,7 @@ def run_trial(task: Task, corpus: Corpus, trial: Trial, at: Callable[[int], None
     count = POINTS[trial.part]
     points = {round(trial.updates * i / count) for i in range(1, count + 1)}
     curve = [(0, evaluate(few))]
-    diverged = False
+    diverged = above = False
     for update in range(1, trial.updates + 1):
         losses = [simulator.train_micro_batch(*next(stream)).item() for _ in range(task.gas)]
         watch.lap()
@@ -89,10 +90,11 @@ def run_trial(task: Task, corpus: Corpus, trial: Trial, at: Callable[[int], None
         diverged = not all(map(math.isfinite, losses))
         if not diverged and update in points:
             curve.append((update * task.tokens_per_update, evaluate(few)))
-            diverged = not curve[-1][1] <= task.bound
+            was_above, above = above, not curve[-1][1] <= task.bound
+            diverged = above and (was_above or update == trial.updates)
         if diverged:
-            curve = [(tokens, loss) for tokens, loss in curve if loss <= task.bound]
-            curve.append((update * task.tokens_per_update, math.inf))
+            here = update * task.tokens_per_update
+            curve = [*(point for point in curve if point[0] < here), (here, math.inf)]
             break
     many = text.batches(corpus.held_out[trial.part], task.batch, task.sequence, 1)
     return Record(
