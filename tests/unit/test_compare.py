@@ -108,7 +108,8 @@ def test_a_run_that_diverges_ends_early():
     corpus = Corpus(ids, {"search": ids, "report": ids})
     record = run_trial(task, corpus, Trial(CONTESTANTS["pipedream"], 2, 1, 1e3, 40, "search"))
     assert record.loss == math.inf
-    assert record.curve[-1] == (20 * task.tokens_per_update, math.inf)
+    assert record.curve[-1][0] <= 20 * task.tokens_per_update
+    assert record.curve[-1][1] == math.inf
 
 
 def test_rows_stand_against_the_best_synchronous_ones_at_equal_tokens_and_time(tmp_path):

@@ -80,7 +80,7 @@ _NADAM = {"betas": (0.99, 0.999)}
 _ROWS = [
     *_both("sync-adamw", "pipedream", ADAMW, {}, "AdamW (.9, .999)", 5e-4, 1e-3),
     *_both("sync-nadam", "nadam", "DelayAwareNAdamW", _NADAM, "NAdamW (.99, .999)", 5e-4, 1e-3),
-    *_both("sync-nag", "nag", "DelayAwareNAG", {}, "Nesterov's gradient (.99)", 1e-2, 2e-2),
+    *_both("sync-nag", "nag", "DelayAwareNAG", {}, "Nesterov's gradient (.99)", 4e-2, 4e-2),
 ]
 CONTESTANTS: dict[str, Contestant] = {row.name: row for row in _ROWS}
 """Every row that has a name."""
