@@ -303,8 +303,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; training's micro-batches stay in flight and are not disturbed.
 
-        Every stage evaluates with its newest weights, of which a later stage has made up to ceil(L/K) updates
-        more than stage 0. Call `drain` first to evaluate one version everywhere.
+        Every stage evaluates with its newest weights (the true ones, not what a look-ahead has forwards use), and a
+        later stage has made up to ceil(L/K) updates more than stage 0. Call `drain` first to evaluate one version
+        everywhere.
         """
         training = self.pipe_buffers, self.num_pipe_buffers, self.module.training
         self.pipe_buffers = {kind: [] for kind in self.pipe_buffers}
@@ -312,7 +313,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.reset_activation_shape()
         self.evaluating = True
         try:
-            with self._nf_stage.on_duty():
+            with self._nf_stage.on_duty(), self._nf_stage.at_true_weights():
                 return super().eval_batch(*args, **kwargs)
         finally:
             self.evaluating = False

@@ -169,6 +169,7 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     ds_config = host_config._param_dict
     if check_config(ds_config) is None:
         return original(*args, **kwargs)
+    from noflush.methods.matrices import mark_embeddings_and_heads
     from noflush.patches.deepspeed import megatron_deepspeed as megatron
     from noflush.patches.deepspeed.client_optimizer import with_rule
     from noflush.patches.deepspeed.engine import NoFlushEngine
@@ -178,6 +179,7 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     flags = megatron.arguments_of(model)
     facts = facts_of(model, host_config, kwargs.get("optimizer"))
     block, schedule = check_run(ds_config, facts if flags is None else megatron.facts(facts, flags, ds_config))
+    mark_embeddings_and_heads(model.named_modules())
     if block.optimizer is not None:
         kwargs = with_rule(kwargs, block.optimizer)
     elif flags is not None:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from noflush.methods.flat import Outcome
 from noflush.patches.deepspeed.weights import ZeroWeights
-from noflush.stage.update import StageUpdate
+from noflush.stage.update import NoLookAhead, StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
 
 
-class WrappedUpdate:
+class WrappedUpdate(NoLookAhead):
     """By `BF16_Optimizer` or `DeepSpeedZeroOptimizer` around any torch optimizer; they reduce, clip and skip.
 
     Args:
@@ -62,3 +62,11 @@ class TiedFirst:
         """As `StageUpdate.run`."""
         self._engine._exec_reduce_tied_grads()
         return self._update.run(ring, scale)
+
+    def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
+        """As `StageUpdate`."""
+        return self._update.true_weights(ring)
+
+    def land(self, ring: WeightRing) -> None:
+        """As `StageUpdate`."""
+        self._update.land(ring)

@@ -19,6 +19,8 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from noflush.methods import look_ahead
+from noflush.methods.matrices import mark_embeddings_and_heads
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
@@ -57,11 +59,17 @@ class _Stage:
         replicas: int,
     ) -> None:
         self.module = module
+        mark_embeddings_and_heads(module.named_modules())
         self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.masters = self.params
         if precision.weights != torch.float32:
             module.to(precision.weights)
-            self.masters = {name: nn.Parameter(p.detach().float()) for name, p in self.params.items()}
+        # The true weights; those of the module are what forwards use.
+        self.masters = {
+            name: nn.Parameter(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True))
+            for name, p in self.params.items()
+        }
+        for name, master in self.masters.items():
+            vars(master).update(vars(self.params[name]))  # what is said of it as a matrix
         self.optimizer = make_optimizer(list(self.masters.values()))
         self.history: deque[dict[str, Tensor]] = deque(maxlen=versions)
         self.newest = 0
@@ -100,11 +108,25 @@ class _Stage:
         self._gradients = [{} for _ in self._gradients]
         return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.masters.values())
 
+    @torch.no_grad()
+    def step(self) -> None:
+        """An update of the true weights; forwards get what it looks ahead to."""
+        ahead: dict[int, float] = {}
+        if isinstance(self.optimizer, DelayAwareOptimizer):
+            delay = self.optimizer.place.delay
+            for group in self.optimizer.param_groups:
+                ahead.update({id(p): look_ahead.steps(group, delay) for p in group["params"]})
+        before = {name: master.clone() for name, master in self.masters.items()}
+        self.optimizer.step()
+        for name, p in self.params.items():
+            now, a = self.masters[name], ahead.get(id(self.masters[name]), 0.0)
+            p.copy_(now + (now - before[name]) * a if a else now)
+
+    @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the masters into the model's weights."""
-        if self.masters is not self.params:
-            for name, p in self.params.items():
-                p.data.copy_(self.masters[name].detach())
+        """Forwards get the true weights."""
+        for name, p in self.params.items():
+            p.copy_(self.masters[name])
 
 
 class DelaySimulator:
@@ -225,30 +247,37 @@ class DelaySimulator:
             finite = stage.take_gradients(scale)
             if not finite:
                 self.skipped.append((s, stage.newest + 1))
+                stage.publish()
             else:
                 if self._clip > 0:
-                    torch.nn.utils.clip_grad_norm_(list(stage.masters.values()), self._clip)
-                stage.optimizer.step()
-                stage.publish()
+                    # In the order of its groups, in which a stage adds them up too.
+                    members = [p for group in stage.optimizer.param_groups for p in group["params"]]
+                    torch.nn.utils.clip_grad_norm_(members, self._clip)
+                stage.step()
             stage.newest += 1
             stage.remember()
             if self._lr:
                 self._lr[s].step()
 
     def drain(self) -> None:
-        """What a drain does to the numbers: the next micro-batch sees every stage's newest weights."""
+        """What a drain does to the numbers: the next micro-batch sees every stage's newest, true weights."""
         self._segment = self.micro_batches
+        for stage in self._stages:
+            stage.publish()
+            stage.history.pop()
+            stage.remember()
 
     def parameters(self, stage: int) -> dict[str, Tensor]:
-        """The newest weights of ``stage`` by name within its module."""
+        """What forwards of ``stage`` use next, by name within its module; after a `drain` its true weights."""
         return {name: p.detach() for name, p in self._stages[stage].params.items()}
 
     @torch.no_grad()
     def evaluate(self, inputs: Payload, labels: Any) -> Tensor:
-        """Loss of a micro-batch with every stage's newest weights, in evaluation mode."""
+        """Loss of a micro-batch with every stage's newest true weights, in evaluation mode."""
         payload = inputs
         for stage in self._stages:
             stage.module.eval()
-            payload = stage.module(payload)
+            true = {name: master.to(stage.params[name].dtype) for name, master in stage.masters.items()}
+            payload = functional_call(stage.module, true, (payload,))
             stage.module.train()
         return self._loss_fn(payload, labels)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from noflush.kernels.norm import gradient_norm
+from noflush.methods.elementwise import look
 from noflush.methods.flat import Flat, Outcome
 
 # Elements. Every operation of the rule then finds its operands in the cache; a third faster than whole tensors.
@@ -65,7 +66,8 @@ class EagerKernel:
         chunk = _CHUNK if flat.gradient.device.type == "cpu" else max(n, 1)
         for first in range(0, n, chunk):
             part = slice(first, first + chunk)
-            flat.method.rule(
+            rule = _ahead(flat.method.rule, flat.ahead) if flat.ahead else flat.method.rule
+            rule(
                 flat.gradient[part],
                 flat.weights[part],
                 flat.target[part],
@@ -84,15 +86,17 @@ class CompiledKernel(EagerKernel):
     name = "compile"
 
     def __init__(self) -> None:
-        self._compiled: dict[str, Callable[..., None]] = {}
+        self._compiled: dict[tuple[str, bool], Callable[..., None]] = {}
 
     def _run(self, flat: Flat, c: Any, seed: int) -> None:
-        name, device = flat.method.name, flat.gradient.device
+        device = flat.gradient.device
+        name, wrapped = (flat.method.name, bool(flat.ahead)), _clearing_ahead if flat.ahead else _clearing
         if name not in self._compiled:
             # Dynamic: a length a stage and group must not compile anew; 0-dim tensors: nor must a learning rate.
-            self._compiled[name] = torch.compile(_clearing(flat.method.rule), dynamic=True, fullgraph=True)
+            self._compiled[name] = torch.compile(wrapped(flat.method.rule), dynamic=True, fullgraph=True)
         tensors = type(c)(*(torch.tensor(x, dtype=torch.float32, device=device) for x in c))
         self._compiled[name](
+            *((torch.tensor(flat.ahead, device=device),) if flat.ahead else ()),
             flat.gradient,
             flat.weights,
             flat.target,
@@ -103,9 +107,33 @@ class CompiledKernel(EagerKernel):
         )
 
 
+def _ahead(rule: Callable[..., None], ahead: Any) -> Callable[..., None]:
+    """An element-wise ``rule`` with its look-ahead."""
+
+    def looking(gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
+        before = weights.clone()
+        rule(gradient, weights, target, *rest)
+        look(weights, before, target, ahead)
+
+    return looking
+
+
+# torch.compile counts its graphs by a function's code, so what looks ahead has a code of its own.
+
+
 def _clearing(rule: Callable[..., None]) -> Callable[..., None]:
     def clearing(gradient: Tensor, *rest: Any) -> None:
         rule(gradient, *rest)
+        gradient.zero_()
+
+    return clearing
+
+
+def _clearing_ahead(rule: Callable[..., None]) -> Callable[..., None]:
+    def clearing(ahead: Tensor, gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
+        before = weights.clone()
+        rule(gradient, weights, target, *rest)
+        look(weights, before, target, ahead)
         gradient.zero_()
 
     return clearing
@@ -115,10 +143,14 @@ def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     """A method's rule on the matrices of a flat group, all at once, for it to batch those of equal shape."""
 
     def views(of: Tensor) -> list[Tensor]:
-        return [piece.of(of) for piece in flat.pieces]
+        return [matrix.of(of) for matrix in flat.matrices]
 
-    states = [tuple(piece.of(t) for piece, t in zip(places, flat.state, strict=True)) for places in flat.state_pieces]
-    flat.method.rule(views(flat.gradient), views(flat.weights), views(flat.target), states, c, flat.master, seed)
+    states = [tuple(place.of(t) for place, t in zip(places, flat.state, strict=True)) for places in flat.state_places]
+    weights, targets = views(flat.weights), views(flat.target)
+    before = [w.clone() for w in weights] if flat.ahead else []
+    flat.method.rule(views(flat.gradient), weights, targets, states, c, flat.master, seed)
+    for w, w_before, target in zip(weights, before, targets, strict=False):
+        look(w, w_before, target, flat.ahead)
     flat.gradient.zero_()
 
 

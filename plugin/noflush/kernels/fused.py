@@ -134,8 +134,8 @@ def _store(pointer, offsets, value, n, MASKED: tl.constexpr):
 
 @triton.jit
 def _update_block(
-    gradient, weights, target, state0, state1, c, offsets, n,
-    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr,
+    gradient, weights, target, state0, state1, c, ahead, offsets, n,
+    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr, LOOKS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     skip = tl.load(c + SKIP) != 0.0
@@ -160,26 +160,32 @@ def _update_block(
         _store(state0, offsets, first, n, MASKED)
         if STATES == 2:
             _store(state1, offsets, second, n, MASKED)
+    published = new
+    if LOOKS:
+        published = new + (new - w) * ahead
+    _store(target, offsets, published, n, MASKED)
     if MASTER:
         _store(weights, offsets, new, n, MASKED)
-    _store(target, offsets, new, n, MASKED)
     _store(gradient, offsets, tl.zeros_like(raw), n, MASKED)
 
 
 @triton.jit(do_not_specialize=["n"])
 def step(
-    gradient, weights, target, state0, state1, c, n,
-    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr,
+    gradient, weights, target, state0, state1, c, ahead, n,
+    RULE: tl.constexpr, STATES: tl.constexpr, MASTER: tl.constexpr, ROUND: tl.constexpr, LOOKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One update of n elements; tensors as `flat.Flat`, c: one group's numbers from `prepare`; STATES: 1 or 2."""
+    """One update of n elements; tensors as `flat.Flat`, c: one group's numbers from `prepare`; STATES: 1 or 2.
+
+    LOOKS: whether the target lies ``ahead`` (float32) steps beyond the weights (`look_ahead`); then MASTER holds.
+    """
     block = tl.program_id(0).to(tl.int64)
     offsets = block * BLOCK + tl.arange(0, BLOCK)
     if (block + 1) * BLOCK <= n:
         _update_block(
-            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ROUND, False
+            gradient, weights, target, state0, state1, c, ahead, offsets, n, RULE, STATES, MASTER, ROUND, LOOKS, False
         )  # fmt: skip
     else:
         _update_block(
-            gradient, weights, target, state0, state1, c, offsets, n, RULE, STATES, MASTER, ROUND, True
+            gradient, weights, target, state0, state1, c, ahead, offsets, n, RULE, STATES, MASTER, ROUND, LOOKS, True
         )  # fmt: skip

@@ -55,6 +55,11 @@ def move_moments(gradient: Tensor, weights: Tensor, state: tuple[Tensor, ...], c
     return g, m, v
 
 
+def look(weights: Tensor, before: Tensor, target: Tensor, ahead: Any) -> None:
+    """The look-ahead: ``target`` is ``ahead`` steps beyond ``weights``, of the step that they have just made."""
+    target.copy_(weights + (weights - before) * ahead)
+
+
 def finish(
     new: Tensor,
     target: Tensor,

@@ -1,4 +1,4 @@
-"""What an update sees: flat tensors that know the shapes of what lies in them."""
+"""What an update sees: flat tensors that know the matrices in them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from noflush.methods.matrices import Part, Piece, piece_of
 from noflush.methods.method import Method
-
-
-class Piece(NamedTuple):
-    """A parameter, or a tensor in its shape, inside of a flat one: its first element and its shape."""
-
-    offset: int
-    shape: tuple[int, ...]
-
-    def of(self, flat: Tensor) -> Tensor:
-        """The piece's view of ``flat``."""
-        return flat[self.offset : self.offset + torch.Size(self.shape).numel()].view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,7 @@ class FlatGroup:
     @classmethod
     def of(cls, group: int, params: Sequence[Tensor], offsets: Sequence[int], numel: int) -> FlatGroup:
         """Of whole parameters."""
-        pieces = tuple(Piece(offset, tuple(p.shape)) for p, offset in zip(params, offsets, strict=True))
+        pieces = tuple(piece_of(p, offset) for p, offset in zip(params, offsets, strict=True))
         return cls(group, tuple(params), tuple(offsets), numel, pieces)
 
 
@@ -66,9 +56,11 @@ class Flat:
             their shapes make it.
         clock: float32 [2], (updates made, running product); on the kernel's own device.
         hyper: the method's hyper-parameters now.
-        master: whether the weights are a float32 master of a lower-precision model.
-        pieces: for a method of matrices: where they lie.
-        state_pieces: for a method of matrices: where each one's state lies, a tuple in the row's order for each.
+        master: whether the weights are kept apart from the next version, which is made out of them.
+        matrices: for a method of matrices: where they lie.
+        state_places: for a method of matrices: where each one's state lies, a tuple in the row's order for each.
+        ahead: how many times this update's own step the next version lies beyond the weights (`look_ahead.steps`); with
+            any, the weights are kept apart.
     """
 
     method: Method
@@ -79,8 +71,9 @@ class Flat:
     clock: Tensor
     hyper: Any
     master: bool
-    pieces: tuple[Piece, ...] = ()
-    state_pieces: tuple[tuple[Piece, ...], ...] = ()
+    matrices: tuple[Piece | Part, ...] = ()
+    state_places: tuple[tuple[Piece | Part, ...], ...] = ()
+    ahead: float = 0.0
 
 
 class Outcome(NamedTuple):

@@ -51,13 +51,12 @@ class Method:
         rule: the arithmetic, in place. Of unit ``element``: ``rule(gradient, weights, target, state, c, master,
             seed, first)`` over tensors of one shape, as `elementwise` explains. Of unit ``matrix``:
             ``rule(gradients, weights, targets, states, c, master, seed)``, lists of whole tensors in their
-            shapes, and of a tuple of state tensors each.
+            shapes (of a fused weight's [groups, rows of each, n]), and of a tuple of state tensors each.
         factor: ``factor(hyper, step)``: what the running product is multiplied by at update ``step``; None: none is
             kept.
-        fresh: ``fresh(p)``: the state of a tensor of weights before its first update, where that is not zeros.
+        fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
         state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
-        cost: ``cost(shape)``: what an update of a matrix costs, in any unit, to share them out; else its elements.
     """
 
     name: str
@@ -68,19 +67,25 @@ class Method:
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     state_shape: Callable[[str, Shape], Shape] | None = None
     fused: Fused | None = None
-    cost: Callable[[Shape], float] = math.prod
 
     @property
     def row(self) -> Row:
         """What the table says."""
         return METHODS[self.name]
 
+    def cost(self, shape: Shape) -> float:
+        """What an update of a matrix costs, in any unit, to share them out: operations, or elements."""
+        return math.prod(shape) if self.row.flops is None else self.row.flops(*shape)
+
+    def shape_of_state(self, name: str, shape: Shape) -> Shape:
+        """The shape of state tensor ``name`` of weights of ``shape``."""
+        return shape if self.state_shape is None else self.state_shape(name, shape)
+
     def new_state(self, p: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """State of weights ``p`` before their first update, in their shape; zeros are of ``dtype`` (None: theirs)."""
+        """State of elements ``p`` before their first update; zeros are of ``dtype`` (None: theirs)."""
         if self.fresh is not None:
             return self.fresh(p)
-        shape_of = self.state_shape or (lambda name, shape: shape)
-        return tuple(p.new_zeros(shape_of(name, tuple(p.shape)), dtype=dtype or p.dtype) for name in self.row.state)
+        return tuple(torch.zeros_like(p, dtype=dtype or p.dtype) for _ in self.row.state)
 
 
 def method_of(name: str) -> Method:

@@ -9,7 +9,6 @@ updates, reaches the methods through `set_stage`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, overload
 
@@ -17,47 +16,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from noflush.methods.flat import Flat, FlatGroup, Kernel, Outcome, Piece
+from noflush.methods import look_ahead
+from noflush.methods.flat import Flat, FlatGroup, Kernel, Outcome
+from noflush.methods.flat_state import FlatState, flat_state, lay_out
+from noflush.methods.matrices import piece_of, split_groups
 from noflush.methods.method import Method, Place, method_of
 from noflush.methods.table import METHODS
 
 _MOMENTS = {"exp_avg", "exp_avg_sq"}
 """State that is zero before the first update, in torch's optimizers too."""
-
-
-@dataclass
-class _FlatState:
-    """A flat group's state, of which every parameter's entry in ``Optimizer.state`` is a view.
-
-    ``state_pieces`` says of a method of matrices where each one's state lies; of elements it lies as they do.
-    """
-
-    where: FlatGroup
-    method: Method
-    tensors: tuple[Tensor, ...]
-    clock: Tensor
-    state_pieces: tuple[tuple[Piece, ...], ...]
-
-    def views(self, index: int) -> list[Tensor]:
-        """State of parameter ``index`` of the group."""
-        if not self.state_pieces:
-            piece = Piece(self.where.offsets[index], tuple(self.where.params[index].shape))
-            return [piece.of(t) for t in self.tensors]
-        if self.where.by_parameter:
-            return [piece.of(t) for piece, t in zip(self.state_pieces[index], self.tensors, strict=True)]
-        return list(self.tensors)  # of a shard of many
-
-    def start(self, index: int) -> None:
-        """Fills in the state of parameter ``index`` as it is before the first update."""
-        p = self.where.params[index]
-        if not self.state_pieces or self.where.by_parameter:
-            for view, value in zip(self.views(index), self.method.new_state(p), strict=True):
-                view.copy_(value)
-            return
-        assert self.where.pieces is not None
-        for piece, places in zip(self.where.pieces, self.state_pieces, strict=True):
-            for t, place, value in zip(self.tensors, places, self.method.new_state(piece.of(p)), strict=True):
-                place.of(t).copy_(value)
 
 
 @cache
@@ -93,9 +60,12 @@ class DelayAwareOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]}: it has {', '.join(row.params)}")
         self._check(self.METHOD, given)
         self.place = Place()
-        self._flat: list[_FlatState] = []
+        self._flat: list[FlatState] = []
         self._clocks: Tensor | None = None
-        super().__init__(params, {**row.values(given), **row.fixed})
+        values = row.values(given)
+        if row.rest is not None:
+            params = split_groups(params, row.rest, {k: v for k, v in values.items() if k in METHODS[row.rest].params})
+        super().__init__(params, {**values, **row.fixed})
 
     def _check(self, method: Method, given: Mapping[str, Any]) -> None:
         known = {name: value for name, value in given.items() if name in method.row.params}
@@ -133,6 +103,7 @@ class DelayAwareOptimizer(Optimizer):
     def forget_weights(self) -> None:
         """Tells the methods that the weights are about to be replaced, by a checkpoint say."""
         for flat in self._flat:
+            flat.true = None
             # Hosts copy into it what a checkpoint has, and leave it as it is where that has none.
             flat.clock[1] = 1.0
         for group in self.param_groups:
@@ -159,18 +130,27 @@ class DelayAwareOptimizer(Optimizer):
         for group in self.param_groups:
             method = self.method_of_group(group)
             hyper = method.hyper(group, self.place)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, method, hyper, _dtype(group))
+            params = [p for p in group["params"] if p.grad is not None]
+            if method.row.unit == "element":
+                for p in params:
+                    step, c = self._begin(p, method, hyper, _dtype(group))
+                    state = tuple(self.state[p][name] for name in method.row.state)
+                    method.rule(p.grad, p, p, state, c, False, step)
+            else:
+                self._step_matrices(params, method, hyper)
         return loss
 
-    def _step_one(self, p: Tensor, method: Method, hyper: Any, dtype: torch.dtype | None) -> None:
-        assert p.grad is not None
+    def _begin(self, p: Tensor, method: Method, hyper: Any, dtype: torch.dtype | None) -> tuple[int, Any]:
+        """The number of the next update of ``p``, and its coefficients; makes its state where there is none."""
         self._check_parameter(p)
         state, row = self.state[p], method.row
         if not state:
             state["step"] = torch.tensor(0.0)
-            state.update(zip(row.state, method.new_state(p, dtype), strict=True))
+            if row.unit == "element":
+                state.update(zip(row.state, method.new_state(p, dtype), strict=True))
+            else:
+                where = FlatGroup.of(0, [p], [0], p.numel())
+                state.update(zip(row.state, flat_state(where, method, state["step"]).views(0), strict=True))
         state["step"] += 1
         step, product = state["step"].item(), 1.0
         if row.product is not None:
@@ -179,12 +159,25 @@ class DelayAwareOptimizer(Optimizer):
             before = running_product(method, hyper, int(step) - 1) if before is None else before
             state[row.product] = before * method.factor(hyper, step)
             product = state[row.product].item()
-        c = method.coefficients(hyper, step, product, 1.0)
-        tensors = tuple(state[name] for name in row.state)
-        if row.unit == "element":
-            method.rule(p.grad, p, p, tensors, c, False, int(step))
-        else:
-            method.rule([p.grad], [p], [p], [tensors], c, False, int(step))
+        return int(step), method.coefficients(hyper, step, product, 1.0)
+
+    def _step_matrices(self, params: Sequence[Tensor], method: Method, hyper: Any) -> None:
+        """One update of parameters that are matrices, together as far as they have made as many."""
+        together: dict[int, tuple[Any, list[Tensor]]] = {}
+        for p in params:
+            step, c = self._begin(p, method, hyper, None)
+            together.setdefault(step, (c, []))[1].append(p)
+        for step, (c, members) in together.items():
+            gradients, weights, states = [], [], []
+            for p in members:
+                matrices = piece_of(p).matrices()
+                assert p.grad is not None
+                gradients += [m.of(p.grad.reshape(-1)) for m in matrices]
+                weights += [m.of(p.detach().view(-1)) for m in matrices]
+                flats = [self.state[p][name].view(-1) for name in method.row.state]
+                laid = lay_out(method, matrices, p.numel())
+                states += [tuple(place.of(t) for place, t in zip(of, flats, strict=True)) for of in laid.places]
+            method.rule(gradients, weights, weights, states, c, False, step)
 
     def _check_parameter(self, p: Tensor) -> None:
         name = type(self).__name__
@@ -214,29 +207,9 @@ class DelayAwareOptimizer(Optimizer):
         self._flat = [self._flat_state(where, clock) for where, clock in zip(groups, self._clocks, strict=True)]
         self.adopt_state()
 
-    def _flat_state(self, where: FlatGroup, clock: Tensor) -> _FlatState:
+    def _flat_state(self, where: FlatGroup, clock: Tensor) -> FlatState:
         group = self.param_groups[where.group]
-        method, dtype = self.method_of_group(group), _dtype(group)
-        like = where.params[0].detach()
-        if method.row.unit == "element":
-            tensors = tuple(t.zero_() for t in method.new_state(like.new_zeros(where.numel), dtype))
-            return _FlatState(where, method, tensors, clock, ())
-        if where.pieces is None:
-            raise RuntimeError(f"{method.name} sees whole matrices, and a shard of them is cut by elements")
-        if not where.pieces:  # a shard that got no matrix
-            return _FlatState(where, method, tuple(like.new_zeros(where.numel) for _ in method.row.state), clock, ())
-        kinds = [method.new_state(like.new_zeros(piece.shape), dtype) for piece in where.pieces]
-        flats, places = [], []
-        for of_name in zip(*kinds, strict=True):
-            offset, found = 0, []
-            for kind in of_name:
-                found.append(Piece(offset, tuple(kind.shape)))
-                offset += kind.numel()
-            if [piece.shape for piece in found] == [piece.shape for piece in where.pieces]:
-                found, offset = list(where.pieces), where.numel  # as the weights lie, which hosts can read
-            flats.append(like.new_zeros(offset, dtype=of_name[0].dtype))
-            places.append(found)
-        return _FlatState(where, method, tuple(flats), clock, tuple(zip(*places, strict=True)))
+        return flat_state(where, self.method_of_group(group), clock, _dtype(group))
 
     def adopt_state(self) -> None:
         """Moves what `state` holds into the flat tensors, and makes `state` views of them.
@@ -296,7 +269,7 @@ class DelayAwareOptimizer(Optimizer):
             kernel: that `flatten` was told of.
             gradients: flat, of any floating dtype, scaled by ``scale``.
             weights: flat float32.
-            targets: flat; the next weight version.
+            targets: flat; the next weight version: what forwards compute with.
             master: whether the weights are kept apart from the model's, and so updated in place; else only read.
             norm: of all gradients, all shards', still scaled: 0-dim float32.
             max_norm: clips the unscaled norm to so much; 0 clips nothing.
@@ -304,18 +277,47 @@ class DelayAwareOptimizer(Optimizer):
 
         A norm that is not finite skips the update: state and weights stay, and the targets get the same weights.
         """
-        flats = [
-            Flat(
-                flat.method,
-                *(g, w, t, flat.tensors, flat.clock),
-                flat.method.hyper(self.param_groups[flat.where.group], self.place),
-                master,
-                flat.where.pieces or (),
-                flat.state_pieces,
+        flats = []
+        for g, w, t, flat in zip(gradients, weights, targets, self._flat, strict=True):
+            group = self.param_groups[flat.where.group]
+            ahead = look_ahead.steps(group, self.place.delay)
+            if ahead and not master and flat.true is None:
+                flat.true = w.clone()
+            w = w if flat.true is None else flat.true
+            apart = master or flat.true is not None
+            flats.append(
+                Flat(
+                    flat.method,
+                    *(g, w, t, flat.tensors, flat.clock),
+                    flat.method.hyper(group, self.place),
+                    apart,
+                    flat.matrices if flat.laid else (),
+                    flat.laid.places if flat.laid else (),
+                    ahead,
+                )
             )
-            for g, w, t, flat in zip(gradients, weights, targets, self._flat, strict=True)
-        ]
         return kernel.update(flats, norm, max_norm, scale)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether forwards compute with other weights than the true ones (`look_ahead`)."""
+        return any(group["look_ahead"] for group in self.param_groups) and self.place.delay > 0
+
+    @torch.no_grad()
+    def true_weights(self, weights: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        """Writes the true weights of every flat group, in the order of `flatten`.
+
+        Args:
+            weights: flat, as `step_flat` takes them.
+            into: flat tensors of the model's dtype; may be ``weights``.
+        """
+        for w, t, flat in zip(weights, into, self._flat, strict=True):
+            t.copy_(w if flat.true is None else flat.true)
+
+    def land(self) -> None:
+        """The weights are the true ones now: `true_weights` was written into all of them."""
+        for flat in self._flat:
+            flat.true = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the groups of torch's own NAdam or AdamW too: what they do not name keeps this rule's default.

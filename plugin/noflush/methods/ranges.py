@@ -38,6 +38,11 @@ def fraction(default: float) -> Param:
     return Param(default, "in [0, 1)", lambda value: is_within(value, below=1))
 
 
+def share(default: float) -> Param:
+    """A number in [0, 1]."""
+    return Param(default, "in [0, 1]", lambda value: is_within(value) and value <= 1)
+
+
 def fractions(*default: float) -> Param:
     """As many numbers in [0, 1) as ``default`` has."""
     count = {2: "two"}.get(len(default), str(len(default)))
@@ -49,9 +54,11 @@ def fractions(*default: float) -> Param:
     return Param(default, f"{count} numbers in [0, 1)", holds)
 
 
-def whole(default: int) -> Param:
-    """A whole number, 0 or more."""
-    return Param(default, "a whole number, 0 or more", lambda value: isinstance(value, int) and is_within(value))
+def whole(default: int, least: int = 0) -> Param:
+    """A whole number, ``least`` or more."""
+    return Param(
+        default, f"a whole number, {least} or more", lambda value: isinstance(value, int) and is_within(value, least)
+    )
 
 
 def flag(default: bool) -> Param:

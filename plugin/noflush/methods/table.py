@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from noflush.methods.flops import basis_rotation, newton_schulz
+from noflush.methods.look_ahead import LOOK_AHEAD
 from noflush.methods.ranges import Param, flag, fraction, fractions, not_negative, one_of, whole
 
 if TYPE_CHECKING:
@@ -35,9 +37,13 @@ class Row:
         module: the file with its arithmetic, where a class of the row's name is the optimizer.
         unit: what one application of the rule sees: an ``element``, wherever it lies, or a whole ``matrix``.
         state: names of its state, a value an element unless its file says otherwise.
-        params: its hyper-parameters.
+        params: its hyper-parameters, to which every method's ``look_ahead`` is added.
         product: name of a running product over its updates that is state too; or None.
         triton: whether its file has the rule for the fused Triton kernel too. Else it runs in torch on a GPU.
+        rest: of a method of matrices: what updates parameters that are none, with the hyper-parameters of the same
+            names; None: it takes them all for matrices.
+        flops: of a method of matrices: ``flops(rows, columns)`` of an update of one; None: it waits for memory.
+        state_numbers: of a method of matrices: how many numbers of state one has; None: one an element and name.
         together: what values, each in its range, may not be together: (parameter, "it must be" what).
         fixed: what else stands in a parameter group, for other optimizers that may load it.
     """
@@ -48,8 +54,18 @@ class Row:
     params: Mapping[str, Param]
     product: str | None = None
     triton: bool = False
+    rest: str | None = None
+    flops: Callable[[int, int], float] | None = None
+    state_numbers: Callable[[int, int], int] | None = None
     together: Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]] = _no_more
     fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", {**self.params, "look_ahead": LOOK_AHEAD})
+
+    def numbers_kept(self, rows: int, columns: int) -> int:
+        """How many numbers of state a matrix has."""
+        return len(self.state) * rows * columns if self.state_numbers is None else self.state_numbers(rows, columns)
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """``given`` with the defaults of all that it leaves out; lists, as JSON has them, as tuples."""
@@ -120,6 +136,41 @@ METHODS: dict[str, Row] = {
         },
         triton=True,
         together=_rises("momentum", lambda values: float(values["momentum"])),
+    ),
+    "DelayAwareMuon": Row(
+        module="noflush.methods.muon",
+        unit="matrix",
+        state=("momentum_buffer",),
+        params={
+            "lr": not_negative(3e-3),
+            "momentum": fraction(0.9),
+            "weight_decay": not_negative(1e-2),
+            "nesterov": flag(True),
+            "ns_steps": whole(5, least=1),
+            "scale_mode": one_of("spectral", "unit_rms_norm", "shape_scaling"),
+            "extra_scale_factor": not_negative(0.2),
+            "betas": fractions(0.9, 0.999),
+            "eps": not_negative(1e-8),
+        },
+        rest="PipeDreamAdamW",
+        flops=newton_schulz,
+    ),
+    "DelayAwareSOAP": Row(
+        module="noflush.methods.soap",
+        unit="matrix",
+        state=("exp_avg", "exp_avg_sq", "row_covariance", "col_covariance", "row_basis", "col_basis"),
+        params={
+            "lr": not_negative(1e-3),
+            "betas": fractions(0.9, 0.999),
+            "shampoo_beta": fraction(0.999),
+            "eps": not_negative(1e-8),
+            "weight_decay": not_negative(1e-2),
+            "refresh_every": whole(10, least=1),
+            "refresh_by_delay": flag(False),
+        },
+        rest="PipeDreamAdamW",
+        flops=basis_rotation,
+        state_numbers=lambda rows, columns: 2 * (rows * columns + rows * rows + columns * columns),
     ),
     "PipeDreamAdamW": Row(
         module="noflush.methods.adamw",

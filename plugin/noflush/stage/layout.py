@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from noflush.methods.flat import Piece
+from noflush.methods.matrices import Piece, piece_of
 
 # Bytes. Matrix kernels may choose another code path for another alignment; torch's own allocator gives 64.
 _ALIGNMENT = 64
@@ -48,7 +48,7 @@ class FlatLayout:
         for p, offset in zip(self.params, self.offsets, strict=True):
             first, last = offset - start, offset - start + p.numel()
             if first >= 0 and last <= length:
-                found.append(Piece(first, tuple(p.shape)))
+                found.append(piece_of(p, first))
             elif first < length and last > 0:
                 return None
         return tuple(found)

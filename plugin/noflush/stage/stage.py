@@ -11,7 +11,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -337,7 +337,8 @@ class Stage:
     def drain(self) -> None:
         """Finishes every micro-batch in flight; on all ranks. Every stage has then made as many updates as calls.
 
-        The newest weights are where the `Weights` had them at first, which hosts' checkpoints expect.
+        The newest weights are the true ones (a look-ahead starts anew), and lie where the `Weights` had them at first,
+        which hosts' checkpoints expect.
         """
         with self.recorder.outside_calls(), self.on_duty():
             self.runner.drain()
@@ -349,9 +350,18 @@ class Stage:
             self.guard.settle(before=sys.maxsize)
             if self._scaler is not None:
                 self._agree_on_scale(self._scaler())
+            self.update.land(self.ring)
             self.ring.go_home()
             self.weights.point_at(self.ring.newest_flats)
         self.recorder.write()
+
+    def at_true_weights(self) -> AbstractContextManager[None]:
+        """Within, parameters are the true weights, for evaluation; on all replicas. Else they are what forwards use.
+
+        The same without a look-ahead. Micro-batches stay in flight.
+        """
+        flats = self.update.true_weights(self.ring)
+        return nullcontext() if flats is None else self.ring.showing(flats)
 
     def renumber(self, calls: int) -> None:
         """Numbers versions, micro-batches and calls from ``calls`` on; nothing may be in flight."""

@@ -29,6 +29,23 @@ class StageUpdate(Protocol):
     def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
         """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them."""
 
+    def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
+        """The true weights, flat as ``ring``'s versions are; None: they are the newest version (no look-ahead)."""
+
+    def land(self, ring: WeightRing) -> None:
+        """Makes the newest version the true weights, on a drained stage."""
+
+
+class NoLookAhead:
+    """What updates have in common whose newest version is the true weights."""
+
+    def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
+        """As `StageUpdate.true_weights`."""
+        return None
+
+    def land(self, ring: WeightRing) -> None:
+        """As `StageUpdate.land`."""
+
 
 class FusedUpdate:
     """By a rule of noflush's and one of its kernels.
@@ -94,6 +111,26 @@ class FusedUpdate:
             self._first = False
         return outcome
 
+    def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
+        """As `StageUpdate.true_weights`; gathers them from the replicas."""
+        if not self._rule.looks_ahead:
+            return None
+        return self._write_true_weights(ring, [torch.zeros_like(flat) for flat in ring.newest_flats])
+
+    def land(self, ring: WeightRing) -> None:
+        """As `StageUpdate.land`; on all replicas."""
+        if self._rule.looks_ahead:
+            self._write_true_weights(ring, ring.newest_flats)
+            self._rule.land()
+
+    def _write_true_weights(self, ring: WeightRing, flats: list[Tensor]) -> list[Tensor]:
+        weights = self._weights
+        shards = weights.shards(flats)
+        self._rule.true_weights(weights.masters(ring.newest_flats), shards)
+        if weights.sharded:
+            gather_weights(flats, shards, weights.replicas)
+        return flats
+
     def _norm(self, gradients: list[Tensor], device: torch.device) -> Tensor:
         slices = self._weights.slices
         if slices.size > 1:
@@ -107,7 +144,7 @@ class FusedUpdate:
         return slices.add_up(norm)
 
 
-class TorchUpdate:
+class TorchUpdate(NoLookAhead):
     """By any torch optimizer, which steps in the next version's slot; float32.
 
     Args:

@@ -13,7 +13,8 @@ really points with where its micro-batch's version lies.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +119,18 @@ class WeightRing:
     def bind_newest(self) -> None:
         """Points every parameter at the newest version: what user code sees between calls."""
         self.bind(self.newest)
+
+    @contextmanager
+    def showing(self, flats: Sequence[Tensor]) -> Iterator[None]:
+        """Within, every parameter points into ``flats``, laid out as the versions are; then at the newest again."""
+        views = (v for layout, flat in zip(self.layouts, flats, strict=True) for v in layout.views(flat))
+        for param, view in zip(self.params, views, strict=True):
+            param.data = view
+        self._bound = -1
+        try:
+            yield
+        finally:
+            self.bind_newest()
 
     def tag(self, micro_batch: int, version: int) -> None:
         """Binds ``version`` for a forward and keeps it until `release` of that micro-batch."""

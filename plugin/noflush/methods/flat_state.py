@@ -1,0 +1,123 @@
+"""Where a method's state lies, in flat tensors of which every parameter's entry in ``Optimizer.state`` is a view."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from noflush.methods.flat import FlatGroup
+from noflush.methods.matrices import Part, Piece
+from noflush.methods.method import Method
+
+Places = tuple[Piece | Part, ...]
+
+
+class Laid(NamedTuple):
+    """Where the state of some matrices lies.
+
+    Attributes:
+        places: of each matrix's state, in the row's order.
+        lengths: of each flat state tensor.
+        alike: of each, whether it lies as the weights do, which hosts can read.
+    """
+
+    places: tuple[Places, ...]
+    lengths: tuple[int, ...]
+    alike: tuple[bool, ...]
+
+
+def lay_out(method: Method, matrices: Sequence[Piece | Part], numel: int) -> Laid:
+    """Of ``matrices`` in a flat tensor of ``numel`` elements: state of their shapes as they lie, other in a row."""
+    columns: list[list[Piece | Part]] = []
+    lengths, alike = [], []
+    for name in method.row.state:
+        shapes = [method.shape_of_state(name, matrix.shape) for matrix in matrices]
+        same = shapes == [matrix.shape for matrix in matrices]
+        in_a_row, offset = [], 0
+        for shape in shapes:
+            in_a_row.append(Piece(offset, shape))
+            offset += torch.Size(shape).numel()
+        columns.append(list(matrices) if same else list(in_a_row))
+        lengths.append(numel if same else offset)
+        alike.append(same)
+    return Laid(tuple(zip(*columns, strict=True)), tuple(lengths), tuple(alike))
+
+
+@dataclass
+class FlatState:
+    """A flat group's state.
+
+    Attributes:
+        where: the group.
+        method: its rule.
+        tensors: flat state, in the row's order.
+        clock: float32 [2], (updates made, running product).
+        laid: of a method of matrices where each one's state lies; None: of elements, where those do.
+        true: the true weights, where forwards compute with others (`look_ahead`) and no master holds them; else None.
+    """
+
+    where: FlatGroup
+    method: Method
+    tensors: tuple[Tensor, ...]
+    clock: Tensor
+    laid: Laid | None
+    true: Tensor | None = None
+
+    @property
+    def matrices(self) -> tuple[Piece | Part, ...]:
+        """What a rule of matrices sees."""
+        return tuple(matrix for piece in self.where.pieces or () for matrix in piece.matrices())
+
+    def views(self, index: int) -> list[Tensor]:
+        """State of parameter ``index`` of the group."""
+        if self.laid is None:
+            piece = Piece(self.where.offsets[index], tuple(self.where.params[index].shape))
+            return [piece.of(t) for t in self.tensors]
+        if not self.where.by_parameter:
+            return list(self.tensors)  # of a shard of many
+        assert self.where.pieces is not None
+        pieces = self.where.pieces
+        first = sum(len(piece.matrices()) for piece in pieces[:index])
+        mine = self.laid.places[first : first + len(pieces[index].matrices())]
+        return [
+            pieces[index].of(t) if alike else _in_a_row([places[k] for places in mine], t)
+            for k, (t, alike) in enumerate(zip(self.tensors, self.laid.alike, strict=True))
+        ]
+
+    def start(self, index: int) -> None:
+        """Fills in the state of parameter ``index`` as it is before the first update."""
+        p = self.where.params[index]
+        if self.method.fresh is None:
+            for view in self.views(index):
+                view.zero_()
+        else:
+            for view, value in zip(self.views(index), self.method.fresh(p), strict=True):
+                view.copy_(value)
+
+
+def _in_a_row(places: Sequence[Piece | Part], t: Tensor) -> Tensor:
+    """State of one parameter that does not lie as its weights: of one matrix in its shape, of several flat."""
+    pieces = [place for place in places if isinstance(place, Piece)]
+    if len(pieces) == 1:
+        return pieces[0].of(t)
+    length = sum(torch.Size(piece.shape).numel() for piece in pieces)
+    return t[pieces[0].offset : pieces[0].offset + length]
+
+
+def flat_state(where: FlatGroup, method: Method, clock: Tensor, dtype: torch.dtype | None = None) -> FlatState:
+    """State of a flat group before its first update; zeros of ``dtype`` (None: the weights'), elements' alone.
+
+    Raises RuntimeError for a matrix that a shard cuts in two.
+    """
+    like = where.params[0].detach()
+    if method.row.unit == "element":
+        tensors = tuple(t.zero_() for t in method.new_state(like.new_zeros(where.numel), dtype))
+        return FlatState(where, method, tensors, clock, None)
+    if where.pieces is None:
+        raise RuntimeError(f"{method.name} sees whole matrices, and a shard of them is cut by elements")
+    laid = lay_out(method, [matrix for piece in where.pieces for matrix in piece.matrices()], where.numel)
+    return FlatState(where, method, tuple(like.new_zeros(length) for length in laid.lengths), clock, laid)
