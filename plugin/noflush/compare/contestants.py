@@ -93,9 +93,9 @@ _ROWS = [
         "NAdamW, looking ahead",
         twin="sync-nadam",
     ),
-    Contestant("adamw-ahead", ADAMW, _AHEAD, geometric(5e-4), "AdamW with a look-ahead of .5", twin="sync-adamw"),
-    Contestant("muon-ahead", _MUON, _AHEAD, geometric(1e-3), "Muon (.9) with a look-ahead of .5", twin="sync-muon"),
-    Contestant("soap-ahead", _SOAP, _AHEAD, geometric(5e-4), "SOAP with a look-ahead of .5", twin="sync-soap"),
+    Contestant("adamw-ahead", ADAMW, _AHEAD, geometric(5e-4), "AdamW looking ahead", twin="sync-adamw"),
+    Contestant("muon-ahead", _MUON, _AHEAD, geometric(1e-3), "Muon (.9) looking ahead", twin="sync-muon"),
+    Contestant("soap-ahead", _SOAP, _AHEAD, geometric(5e-4), "SOAP looking ahead", twin="sync-soap"),
     Contestant(
         "muon-ahead-latest",
         _MUON,
