@@ -3,9 +3,9 @@
     python examples/compare.py [--text FILE] [--out runs/demo]
 
 The text is tokenized into Megatron's .bin/.idx first; its bytes are the tokens, so that a small model learns something
-in a minute. All runs have the same model, data, batch size and tokens. Without the flush trains the method that suffers
-least from the delay, Muon with a look-ahead; with it AdamW, as most people train, and Muon, the best that is known here.
-Each has the learning rate that was best for it (docs/measured.md). Writes summary.json, loss.png and timeline.png.
+in a minute. All runs have the same model, data, batch size and tokens. Without the flush trains what suffers least from
+the delay, Muon with a look-ahead; with it AdamW, as most people train, and Muon, the best that is known here. Each has
+the learning rate that was best for it (docs/measured.md). Writes summary.json, loss.png and timeline.png.
 """
 
 import argparse
@@ -233,8 +233,8 @@ def print_table(summary):
     faster = alone[0]["tokens_per_s"] / alone[1]["tokens_per_s"]
     console.print(
         f"Without the flush this machine, with {os.cpu_count()} cores for {STAGES} stages, trained {ratio:.2f} times "
-        f"as fast as the best run with it. At equal tokens it is {_ahead(without, best, 'val_loss')} that one, at equal "
-        f"time {_ahead(without, best, 'val_loss_equal_time')}. Where there are fewer cores than stages the cores, not "
+        f"as fast as the best run with it. At equal tokens it is {_ahead(without, best, 'val_loss')} that one, at "
+        f"equal time {_ahead(without, best, 'val_loss_equal_time')}. Where there are fewer cores than stages the cores, not "
         f"the schedule, set the pace; with a core a stage the same compute times give {faster:.2f} times the speed "
         f"(played through the schedule, links free), and at equal time it is "
         f"{_ahead(*alone, 'val_loss_equal_time')} it."
