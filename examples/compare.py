@@ -234,9 +234,9 @@ def print_table(summary):
     console.print(
         f"Without the flush this machine, with {os.cpu_count()} cores for {STAGES} stages, trained {ratio:.2f} times "
         f"as fast as the best run with it. At equal tokens it is {_ahead(without, best, 'val_loss')} that one, at "
-        f"equal time {_ahead(without, best, 'val_loss_equal_time')}. Where there are fewer cores than stages the cores, not "
-        f"the schedule, set the pace; with a core a stage the same compute times give {faster:.2f} times the speed "
-        f"(played through the schedule, links free), and at equal time it is "
+        f"equal time {_ahead(without, best, 'val_loss_equal_time')} it. Where there are fewer cores than stages the "
+        "cores, not the schedule, set the pace; with a core a stage the same compute times give "
+        f"{faster:.2f} times the speed (played through the schedule, links free), and at equal time it is "
         f"{_ahead(*alone, 'val_loss_equal_time')} it."
     )
 
