@@ -56,7 +56,7 @@ class EagerKernel:
                 flat.clock[1] *= flat.method.factor(flat.hyper, step)
             c = flat.method.coefficients(flat.hyper, step, flat.clock[1].item(), factor / scale)
             if flat.method.row.unit == "matrix":
-                _run_on_matrices(flat, c, int(step))
+                run_on_matrices(flat, c, int(step))
             else:
                 self._run(flat, c, int(step))
         return Outcome(unscaled.float(), torch.full_like(unscaled, 0.0 if finite else 1.0))
@@ -139,7 +139,7 @@ def _clearing_ahead(rule: Callable[..., None]) -> Callable[..., None]:
     return clearing
 
 
-def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
+def run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     """A method's rule on the matrices of a flat group, all at once, for it to batch those of equal shape."""
 
     def views(of: Tensor) -> list[Tensor]:

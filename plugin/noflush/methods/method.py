@@ -57,6 +57,9 @@ class Method:
         fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
         state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
+        still: ``still(c)``: of a method of matrices whose coefficients are the same at every step: those with which the
+            rule changes nothing. A GPU then chooses between the two by itself when an update is to be skipped, with
+            0-dim tensors in place of floats.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Method:
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     state_shape: Callable[[str, Shape], Shape] | None = None
     fused: Fused | None = None
+    still: Callable[[Any], Any] | None = None
 
     @property
     def row(self) -> Row:

@@ -36,11 +36,11 @@ class Coefficients(NamedTuple):
         ns_steps, scale_mode: as the optimizer takes them.
     """
 
-    gradient: float
-    decay: float
-    average: float
+    gradient: Any
+    decay: Any
+    average: Any
     of_momentum: float
-    step: float
+    step: Any
     ns_steps: int
     scale_mode: str
 
@@ -71,6 +71,11 @@ def coefficients(h: Hyper, step: float, product: float, gradient: float) -> Coef
     )
 
 
+def still(c: Coefficients) -> Coefficients:
+    """`Method.still`."""
+    return c._replace(decay=1.0, average=0.0, step=0.0)
+
+
 def scale(mode: str, rows: int, columns: int) -> float:
     """What the step of a matrix is multiplied by for its shape; the modes' names are megatron-core's."""
     if mode == "spectral":
@@ -98,8 +103,7 @@ def rule(
     for w, target, step in zip(weights, targets, steps, strict=True):
         rows, columns = step.shape[:-1].numel(), step.shape[-1]
         new = w if master else target
-        new.copy_(w * c.decay)
-        new.add_(step.to(w.dtype), alpha=-c.step * scale(c.scale_mode, rows, columns))
+        new.copy_(w * c.decay - step.to(w.dtype) * (c.step * scale(c.scale_mode, rows, columns)))
         if master:
             target.copy_(new)
 
@@ -140,4 +144,4 @@ class DelayAwareMuon(DelayAwareOptimizer):
         TypeError: a parameter that it does not have.
     """
 
-    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule)
+    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule, still=still)
