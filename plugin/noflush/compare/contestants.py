@@ -78,16 +78,24 @@ def _both(
 
 _MUON, _SOAP = "DelayAwareMuon", "DelayAwareSOAP"
 _NADAM = {"betas": (0.99, 0.999)}
-_AHEAD = {"look_ahead": 0.5}
+_AHEAD = {"look_ahead": 0.9}
 _ROWS = [
     *_both("sync-adamw", "pipedream", ADAMW, {}, "AdamW (.9, .999)", 5e-4, 1e-3),
     *_both("sync-nadam", "nadam", "DelayAwareNAdamW", _NADAM, "NAdamW (.99, .999)", 5e-4, 1e-3),
     *_both("sync-nag", "nag", "DelayAwareNAG", {}, "Nesterov's gradient (.99)", 4e-2, 4e-2),
     *_both("sync-muon", "muon", _MUON, {}, "Muon (.9)", 1e-3, 1e-3),
     *_both("sync-soap", "soap", _SOAP, {}, "SOAP (.9, .999)", 5e-4, 1e-3),
-    Contestant("adamw-ahead", ADAMW, _AHEAD, geometric(5e-4), "AdamW with a look-ahead of .5", twin="sync-adamw"),
-    Contestant("muon-ahead", _MUON, _AHEAD, geometric(1e-3), "Muon (.9) with a look-ahead of .5", twin="sync-muon"),
-    Contestant("soap-ahead", _SOAP, _AHEAD, geometric(5e-4), "SOAP with a look-ahead of .5", twin="sync-soap"),
+    Contestant(
+        "nadam-ahead",
+        "DelayAwareNAdamW",
+        {**_NADAM, **_AHEAD},
+        geometric(2.5e-4),
+        "NAdamW, looking ahead",
+        twin="sync-nadam",
+    ),
+    Contestant("adamw-ahead", ADAMW, _AHEAD, geometric(5e-4), "AdamW looking ahead", twin="sync-adamw"),
+    Contestant("muon-ahead", _MUON, _AHEAD, geometric(1e-3), "Muon (.9) looking ahead", twin="sync-muon"),
+    Contestant("soap-ahead", _SOAP, _AHEAD, geometric(5e-4), "SOAP looking ahead", twin="sync-soap"),
     Contestant(
         "muon-ahead-latest",
         _MUON,

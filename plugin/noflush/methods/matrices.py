@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Shape = tuple[int, ...]
 _IS_MATRIX = "noflush_is_matrix"
 _CUT = "noflush_cut"
+_GAP = "noflush_gap"
 # As Megatron marks them, and as people name them.
 _OUTSIDE = "is_embedding_or_output_parameter"
 _NAMES = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|output_layer|head|logits|unembed\w*|vocab\w*)(\.|$)")
@@ -86,6 +87,16 @@ def set_cut(p: Tensor, groups: int, rows: Sequence[int]) -> None:
             f"which are {groups * sum(rows)}: it must have so many rows and two dimensions"
         )
     setattr(p, _CUT, Cut(groups, tuple(rows)))
+
+
+def set_gap(p: Tensor) -> None:
+    """Says that ``p`` only fills a gap between others: no rule sees it."""
+    setattr(p, _GAP, True)
+
+
+def is_gap(p: Tensor) -> bool:
+    """Whether ``p`` only fills a gap."""
+    return bool(getattr(p, _GAP, False))
 
 
 def is_matrix(p: Tensor) -> bool:
