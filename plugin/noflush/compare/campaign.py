@@ -35,12 +35,11 @@ class _Pace:
         return f"about {duration(work * self.seconds / self.work / jobs)} left"
 
 
-def run(plan: Plan, task: Task, ledger: Ledger, jobs: int, console: Console) -> int:
-    """Runs every trial of ``plan`` that ``ledger`` lacks, and keeps each there; returns how many those were.
+def run(plan: Plan, task: Task, ledger: Ledger, jobs: int, console: Console) -> None:
+    """Runs every trial of ``plan`` that ``ledger`` lacks, and keeps each there.
 
     Raises RuntimeError if one fails or its process dies.
     """
-    made = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,14 +59,13 @@ def run(plan: Plan, task: Task, ledger: Ledger, jobs: int, console: Console) -> 
                         break
                     bars[key] = progress.add_task(name_of(trial), total=trial.updates, note="")
             if not workers.running:
-                return made
+                return
             for news in workers.news(_SECONDS):
                 key = news.trial.key(task)
                 updates[key] = news.update
                 progress.update(bars[key], completed=news.update)
                 if news.record is not None:
                     ledger.add(news.trial, news.record)
-                    made += 1
                     pace.add(news.trial.work(task) * _share_run(news.trial, task, news.record), news.record.seconds)
                     progress.remove_task(bars.pop(key))
                     progress.console.print(f"{name_of(news.trial)}: {_said(news.record)}")

@@ -13,6 +13,7 @@ from noflush.compare.contestants import ADAMW, Contestant
 from noflush.compare.curves import loss_at, mean_curve, tokens_to
 from noflush.compare.noise import Difference, Spread, difference, spread
 from noflush.compare.settings import Record, Task, Trial
+from noflush.order.schedule import Schedule
 
 Points = list[tuple[float, float]]
 
@@ -109,9 +110,6 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
     means = {name: spread(list(of.losses.values())).mean for name, of in found.items()}
     best = min(sync, key=lambda one: means[one.name]).name
     adamw = min((one for one in sync if one.optimizer == ADAMW), key=lambda one: means[one.name]).name
-    seconds = {}
-    for one in (next((o for o in plan.contestants if not o.synchronous), sync[0]), sync[0]):
-        seconds[one.synchronous] = seconds_per_update(one.plan(stages, task.gas), stage_ms / 1e3) * plan.updates
     everything = plan.updates * task.tokens_per_update
     rows = []
     for one in plan.contestants:
@@ -134,7 +132,9 @@ def panel(plan: Plan, task: Task, stages: int, find: Find, stage_ms: float) -> P
                 search_tokens=mine.search_tokens,
             )
         )
-    return Panel(stages, tuple(rows), seconds.get(False, seconds[True]), seconds[True])
+    flush, no_flush = Schedule(stages, task.gas, "1f1b_flush"), Schedule(stages, task.gas)
+    seconds, of_flush = (seconds_per_update(one, stage_ms / 1e3) * plan.updates for one in (no_flush, flush))
+    return Panel(stages, tuple(rows), seconds, of_flush)
 
 
 def _found(plan: Plan, task: Task, one: Contestant, stages: int, find: Find) -> _Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from noflush.compare.settings import Record, Task, Trial
 
 _SECONDS_TO_END = 2.0
+_SECONDS_BETWEEN = 0.5  # of news of an update
 
 
 @dataclass
@@ -116,9 +118,17 @@ def _work(pipe: Connection, task: Task) -> None:
 
         torch.set_num_threads(1)
         corpus = load(task)
+        told = 0.0
+
+        def tell(update: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= _SECONDS_BETWEEN:
+                told = time.monotonic()
+                pipe.send(update)
+
         while True:
             trial = pipe.recv()
-            pipe.send(run_trial(task, corpus, trial, pipe.send))
+            pipe.send(run_trial(task, corpus, trial, tell))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # nobody is left to tell
     except Exception:
