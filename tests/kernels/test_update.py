@@ -261,7 +261,7 @@ def test_triton_runs_muon_without_waiting(model, ahead):
         run = Run(kernel, "nadamw", [48, 48, 48], model, model, torch.float32, ahead=ahead)
         between = run.flats[1]
         tensors = (between.gradient, between.weights, between.target, (torch.zeros(48),), between.clock)
-        h = Hyper(1e-2, 0.9, 0.01, True, 5, "spectral", 0.2)
+        h = Hyper(1e-2, 0.9, 0.01, True, 5, "spectral", 0.2, None, 1)
         run.flats[1] = Flat(method, *tensors, h, between.master, pieces, tuple((p,) for p in pieces), ahead)
         return run
 

@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
     momentum: Any
 
 
-def rule(gradients, weights, targets, states, c, master, seed):
+def rule(gradients, weights, targets, states, sliced, c, master, seed):
     for gradient, w, target, (moved, norms) in zip(gradients, weights, targets, states, strict=True):
         moved.mul_(c.momentum).add_(gradient.to(w.dtype) * c.gradient)
         norm = moved.norm()

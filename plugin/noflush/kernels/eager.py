@@ -148,7 +148,8 @@ def run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     states = [tuple(place.of(t) for place, t in zip(places, flat.state, strict=True)) for places in flat.state_places]
     weights, targets = views(flat.weights), views(flat.target)
     before = [w.clone() for w in weights] if flat.ahead else []
-    flat.method.rule(views(flat.gradient), weights, targets, states, c, flat.master, seed)
+    sliced = [matrix.sliced for matrix in flat.matrices]
+    flat.method.rule(views(flat.gradient), weights, targets, states, sliced, c, flat.master, seed)
     for w, w_before, target in zip(weights, before, targets, strict=False):
         look(w, w_before, target, flat.ahead)
     flat.gradient.zero_()
