@@ -30,15 +30,15 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 MODEL = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
 
-def step_source(rule, gradient, model, moments, length="i32"):
+def step_source(rule, gradient, model, moments, length="i32", ahead=False):
     """The update kernel for a rule and dtypes, pointers aligned to 16 bytes."""
     types = {
         "gradient": MODEL[gradient], "weights": "*fp32", "target": MODEL[model], "state0": MODEL[moments],
-        "state1": MODEL[moments], "c": "*fp32", "n": length,
+        "state1": MODEL[moments], "c": "*fp32", "ahead": "fp32", "n": length,
     }  # fmt: skip
     constants = {
-        "RULE": METHOD[rule].fused.rule, "STATES": len(METHOD[rule].row.state), "MASTER": model != "fp32",
-        "ROUND": moments == "bf16", "BLOCK": BLOCK,
+        "RULE": METHOD[rule].fused.rule, "STATES": len(METHOD[rule].row.state), "MASTER": model != "fp32" or ahead,
+        "LOOKS": ahead, "ROUND": moments == "bf16", "BLOCK": BLOCK,
     }  # fmt: skip
     return _source(fused.step, types, constants)
 
@@ -96,6 +96,10 @@ def variants():
         found[f"step {rule}, gradient bf16, model bf16, moments fp32, beyond 2^31"] = (
             step_source(rule, "bf16", "bf16", "fp32", "i64"), 4,
         )  # fmt: skip
+        for model in ("fp32", "bf16"):
+            found[f"step {rule}, gradient {model}, model {model}, moments fp32, looking ahead"] = (
+                step_source(rule, model, model, "fp32", ahead=True), 4,
+            )  # fmt: skip
         found[f"prepare {rule}"] = (prepare_source(rule), 4)
     for gradient in MODEL:
         found[f"norm of {gradient}"] = (norm_source(gradient), 8)

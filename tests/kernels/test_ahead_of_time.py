@@ -54,5 +54,5 @@ def test_whole_blocks_move_128_bits_an_access(compiled):
             gradient, model, moments = (half[words[words.index(k) + 1]] for k in ("gradient", "model", "moments"))
             states = 1 if words[1] == "nag" else 2
             assert accesses["ld.global.v4.b32"] == gradient + 2 + states * moments, r
-            master = 2 if model == 1 else 0
+            master = 2 if model == 1 or "ahead" in words else 0
             assert accesses["st.global.v4.b32"] == states * moments + master + model + gradient, r

@@ -15,6 +15,7 @@ ROW = Row(
     unit="matrix",
     state=("moved", "norms"),
     params={"lr": not_negative(1e-2), "momentum": fraction(0.9), "weight_decay": not_negative(0.0)},
+    flops=lambda rows, columns: float(rows) ** 2,
 )
 
 
@@ -47,5 +48,4 @@ class MatrixRule(DelayAwareOptimizer):
         lambda h, step, product, gradient: Coefficients(gradient, h.lr, h.momentum),
         rule,
         state_shape=lambda name, shape: (1,) if name == "norms" else shape,
-        cost=lambda shape: float(shape[0]) ** 2,
     )

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from noflush.__main__ import main
+from noflush.methods.price import StageShapes, price
+from noflush.methods.table import METHODS, load
 from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
 from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
 from noflush.order.schedule import Schedule
@@ -105,3 +107,42 @@ def test_the_plan_says_them(capsys):
 def test_the_plan_refuses_no_replica(capsys):
     assert main(["plan", "--stages", "2", "--data-parallel", "0"]) == 2
     assert "--data-parallel 0" in capsys.readouterr().err
+
+
+def test_a_muon_updates_share_is_the_closed_form():
+    """(20 m + 10 m^2 / n) / (6 T) of forward and backward for m x n weights and T tokens."""
+    found = price("DelayAwareMuon", StageShapes(((768, 3072),), 0), tokens=4096)
+    assert found.update_share == pytest.approx((20 * 768 + 10 * 768**2 / 3072) / (6 * 4096))
+    assert price("PipeDreamAdamW", StageShapes(((768, 3072),), 0), tokens=4096).update_share == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_bytes_are_those_that_the_optimizer_has(name):
+    import torch
+
+    shapes, others = ((6, 4), (4, 8)), ((5,),)
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in (*shapes, *others)]
+    optimizer = load(name)(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = sum(
+        t.numel() * 4
+        for state in optimizer.state.values()
+        for key, t in state.items()
+        if key not in ("step", "mu_product")
+    )
+    found = price(name, StageShapes(shapes, 5), tokens=1)
+    assert found.state_bytes == held
+    assert found.look_ahead_bytes == 4 * (24 + 32 + 5)
+    assert price(name, StageShapes(shapes, 5), tokens=1, masters=True).look_ahead_bytes == 0
+
+
+def test_command_says_what_methods_cost_and_warns(capsys):
+    sizes = ["--num-layers", "8", "--hidden-size", "1024", "--seq-length", "128"]
+    assert main(["plan", "--stages", "2", "--gas", "16", *sizes]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "methods at stage 0, 2,048 tokens an update" in out
+    assert "more than the 6% that the flush costs" in out
+    assert main(["plan", "--stages", "8", "--gas", "1", *sizes, "--micro-batch-size", "64"]) == 0
+    assert "that the flush costs" not in capsys.readouterr().out

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from noflush.methods.price import gpt_stage, price
+from noflush.methods.table import METHODS
 from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
 from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
@@ -32,6 +34,8 @@ def add(commands: Any) -> None:
     memory.add_argument("--vocab-size", type=int, default=50304, help="default: %(default)s")
     memory.add_argument("--seq-length", type=int, default=1024, help="default: %(default)s")
     memory.add_argument("--bytes-per-parameter", type=int, default=4, help="of a stashed weight (default: %(default)s)")
+    memory.add_argument("--micro-batch-size", type=int, default=1, help="sequences (default: %(default)s)")
+    memory.add_argument("--masters", action="store_true", help="mixed precision: float32 masters beside the weights")
     p.add_argument("--data-parallel", type=int, default=1, help="replicas (default: %(default)s)")
     p.add_argument("--tensor-parallel", type=int, default=1, help="slices of a stage (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -56,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan.to_json(), indent=2))
         return 0
-    _print(plan, latency, cost)
+    console = Console()
+    _print(console, plan, latency, cost)
+    if args.num_layers and args.hidden_size:
+        _print_methods(console, args, plan)
     return 0
 
 
@@ -82,8 +89,41 @@ def _parameters(args: argparse.Namespace) -> list[int] | None:
     return counts
 
 
-def _print(plan: Plan, latency: float, cost: Cost) -> None:
-    schedule, console = plan.schedule, Console()
+def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> None:
+    """What each method and policy costs stage 0, and a warning where an update eats what the bubble gave."""
+    first = plan.stages[0]
+    layers, hidden = args.num_layers // args.stages, args.hidden_size
+    assert first.parameters is not None
+    stage = gpt_stage(layers, hidden, first.parameters - 12 * layers * hidden * hidden)
+    tokens = args.micro_batch_size * args.seq_length * args.gas
+    prices = {name: price(name, stage, tokens, args.masters) for name in METHODS}
+    table = Table(title=f"methods at stage 0, {tokens:,} tokens an update")
+    for column in ("method", "state", "with look_ahead", "update"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in prices.items():
+        share = f"{found.update_share:.1%} of compute" if found.update_share else "memory-bound"
+        table.add_row(name, human_bytes(found.state_bytes), f"+ {human_bytes(found.look_ahead_bytes)}", share)
+    console.print(table)
+    versions = {name: policy.slots(first.lag, args.gas) for name, policy in POLICIES.items()
+                if policy.fault(first.lag, args.gas) is None}  # fmt: skip
+    console.print(
+        "weights at stage 0: "
+        + ", ".join(
+            f"{name} {human_bytes(count * args.bytes_per_parameter * first.parameters)}"
+            for name, count in versions.items()
+        )
+    )
+    saved = 1 / plan.flush - 1 / plan.no_flush
+    for name, found in prices.items():
+        if found.update_share > saved:
+            console.print(
+                f"{name}: an update costs {found.update_share:.0%} of a batch's compute, more than the {saved:.0%} "
+                "that the flush costs: raise --gas or --micro-batch-size, or choose a method of elements"
+            )
+
+
+def _print(console: Console, plan: Plan, latency: float, cost: Cost) -> None:
+    schedule = plan.schedule
     table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, weights {schedule.weights}")
     columns = ["stage", "delay", "mean", "versions", "in flight", "loss lag"]
     with_memory = plan.stages[0].parameters is not None

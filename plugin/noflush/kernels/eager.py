@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -67,9 +66,8 @@ class EagerKernel:
         chunk = _CHUNK if flat.gradient.device.type == "cpu" else max(n, 1)
         for first in range(0, n, chunk):
             part = slice(first, first + chunk)
-            _step(
-                flat.method.rule,
-                flat.ahead or None,
+            rule = _ahead(flat.method.rule, flat.ahead) if flat.ahead else flat.method.rule
+            rule(
                 flat.gradient[part],
                 flat.weights[part],
                 flat.target[part],
@@ -79,6 +77,7 @@ class EagerKernel:
                 seed,
                 first,
             )
+            flat.gradient[part].zero_()
 
 
 class CompiledKernel(EagerKernel):
@@ -87,16 +86,17 @@ class CompiledKernel(EagerKernel):
     name = "compile"
 
     def __init__(self) -> None:
-        self._compiled: dict[str, Callable[..., None]] = {}
+        self._compiled: dict[tuple[str, bool], Callable[..., None]] = {}
 
     def _run(self, flat: Flat, c: Any, seed: int) -> None:
-        name, device = flat.method.name, flat.gradient.device
+        device = flat.gradient.device
+        name, wrapped = (flat.method.name, bool(flat.ahead)), _clearing_ahead if flat.ahead else _clearing
         if name not in self._compiled:
             # Dynamic: a length a stage and group must not compile anew; 0-dim tensors: nor must a learning rate.
-            self._compiled[name] = torch.compile(partial(_step, flat.method.rule), dynamic=True, fullgraph=True)
+            self._compiled[name] = torch.compile(wrapped(flat.method.rule), dynamic=True, fullgraph=True)
         tensors = type(c)(*(torch.tensor(x, dtype=torch.float32, device=device) for x in c))
         self._compiled[name](
-            torch.tensor(flat.ahead, device=device) if flat.ahead else None,
+            *((torch.tensor(flat.ahead, device=device),) if flat.ahead else ()),
             flat.gradient,
             flat.weights,
             flat.target,
@@ -107,13 +107,36 @@ class CompiledKernel(EagerKernel):
         )
 
 
-def _step(rule: Callable[..., None], ahead: Any, gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
-    """An element-wise ``rule``, its look-ahead (None: none), and the gradient cleared."""
-    before = None if ahead is None else weights.clone()
-    rule(gradient, weights, target, *rest)
-    if before is not None:
+def _ahead(rule: Callable[..., None], ahead: Any) -> Callable[..., None]:
+    """An element-wise ``rule`` with its look-ahead."""
+
+    def looking(gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
+        before = weights.clone()
+        rule(gradient, weights, target, *rest)
         look(weights, before, target, ahead)
-    gradient.zero_()
+
+    return looking
+
+
+# torch.compile counts its graphs by a function's code, so what looks ahead has a code of its own.
+
+
+def _clearing(rule: Callable[..., None]) -> Callable[..., None]:
+    def clearing(gradient: Tensor, *rest: Any) -> None:
+        rule(gradient, *rest)
+        gradient.zero_()
+
+    return clearing
+
+
+def _clearing_ahead(rule: Callable[..., None]) -> Callable[..., None]:
+    def clearing(ahead: Tensor, gradient: Tensor, weights: Tensor, target: Tensor, *rest: Any) -> None:
+        before = weights.clone()
+        rule(gradient, weights, target, *rest)
+        look(weights, before, target, ahead)
+        gradient.zero_()
+
+    return clearing
 
 
 def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:

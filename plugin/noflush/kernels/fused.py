@@ -160,11 +160,12 @@ def _update_block(
         _store(state0, offsets, first, n, MASKED)
         if STATES == 2:
             _store(state1, offsets, second, n, MASKED)
+    published = new
+    if LOOKS:
+        published = new + (new - w) * ahead
+    _store(target, offsets, published, n, MASKED)
     if MASTER:
         _store(weights, offsets, new, n, MASKED)
-    if LOOKS:
-        new += (new - w) * ahead
-    _store(target, offsets, new, n, MASKED)
     _store(gradient, offsets, tl.zeros_like(raw), n, MASKED)
 
 

@@ -57,7 +57,6 @@ class Method:
         fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
         state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
-        cost: ``cost(shape)``: what an update of a matrix costs, in any unit, to share them out; else its elements.
     """
 
     name: str
@@ -68,12 +67,15 @@ class Method:
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     state_shape: Callable[[str, Shape], Shape] | None = None
     fused: Fused | None = None
-    cost: Callable[[Shape], float] = math.prod
 
     @property
     def row(self) -> Row:
         """What the table says."""
         return METHODS[self.name]
+
+    def cost(self, shape: Shape) -> float:
+        """What an update of a matrix costs, in any unit, to share them out: operations, or elements."""
+        return math.prod(shape) if self.row.flops is None else self.row.flops(*shape)
 
     def shape_of_state(self, name: str, shape: Shape) -> Shape:
         """The shape of state tensor ``name`` of weights of ``shape``."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from noflush.methods.method import Method, Place
-from noflush.methods.newton_schulz import cost, orthogonalized
+from noflush.methods.newton_schulz import orthogonalized
 from noflush.methods.optimizer import DelayAwareOptimizer
 
 
@@ -133,11 +133,11 @@ class DelayAwareMuon(DelayAwareOptimizer):
             :math:`\sqrt{m/n}`, ``shape_scaling`` for :math:`\sqrt{\max(1, m/n)}`.
         extra_scale_factor: s, a factor of every matrix's step.
         betas, eps: of the rest.
-        look_ahead: share of the stage's delay that forwards look ahead (`methods.look_ahead`).
+        look_ahead: how far forwards look ahead (`methods.look_ahead`).
 
     Raises:
         ValueError: a value outside its range.
         TypeError: a parameter that it does not have.
     """
 
-    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule, cost=cost)
+    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule)

@@ -3,7 +3,7 @@
 Jordan et al., "Muon" (2024): X <- a X + b (X X') X + c (X X')^2 X with a = 3.4445, b = -4.7750, c = 2.0315, five times
 from X = G / |G|, brings every singular value to between 0.7 and 1.2. Every factor is a polynomial of X X', so of a wide
 matrix [m, n] it is cheaper to work on that [m, m] product alone and to multiply with G once at the end ("Gram
-Newton-Schulz"): 2 m^2 n + 4 steps m^3 products instead of steps (2 m^2 n + m^3).
+Newton-Schulz"; `flops` has the numbers).
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from noflush.methods.flops import GRAM_FROM
 from noflush.methods.matrices import by_shape
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
-_GRAM_FROM = 2
-"""How much wider than high a matrix is from which on the Gram form has fewer products."""
 
 
 def orthogonalized(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
@@ -33,7 +32,7 @@ def orthogonalized(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
         x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
         if x.device.type != "cpu":
             x = _iterated(x.bfloat16(), steps).float()
-        elif x.shape[-1] >= _GRAM_FROM * x.shape[-2]:
+        elif x.shape[-1] >= GRAM_FROM * x.shape[-2]:
             x = _gram(x, steps)
         else:
             x = _iterated(x, steps)
@@ -58,11 +57,3 @@ def _gram(x: Tensor, steps: int) -> Tensor:
         if step < steps - 1:
             gram = factor @ gram @ factor
     return x if product is None else product @ x
-
-
-def cost(shape: Sequence[int], steps: int = 5) -> float:
-    """Multiplications and additions of orthogonalizing a matrix of ``shape``, as a CPU does it."""
-    m, n = sorted(shape)
-    plain = steps * (2 * m * m * n + m**3)
-    gram = 2 * m * m * n + (4 * steps - 3) * m**3
-    return 2.0 * (gram if n >= _GRAM_FROM * m else plain)

@@ -149,7 +149,7 @@ class DelayAwareOptimizer(Optimizer):
             if row.unit == "element":
                 state.update(zip(row.state, method.new_state(p, dtype), strict=True))
             else:
-                where = FlatGroup.of(0, [p.detach()], [0], p.numel())
+                where = FlatGroup.of(0, [p], [0], p.numel())
                 state.update(zip(row.state, flat_state(where, method, state["step"]).views(0), strict=True))
         state["step"] += 1
         step, product = state["step"].item(), 1.0

@@ -38,6 +38,11 @@ def fraction(default: float) -> Param:
     return Param(default, "in [0, 1)", lambda value: is_within(value, below=1))
 
 
+def share(default: float) -> Param:
+    """A number in [0, 1]."""
+    return Param(default, "in [0, 1]", lambda value: is_within(value) and value <= 1)
+
+
 def fractions(*default: float) -> Param:
     """As many numbers in [0, 1) as ``default`` has."""
     count = {2: "two"}.get(len(default), str(len(default)))

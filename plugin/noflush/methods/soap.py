@@ -136,7 +136,8 @@ def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
 
 def _eigenvectors(covariance: Tensor) -> Tensor:
     """Columns in the order of falling eigenvalues."""
-    return torch.linalg.eigh(covariance)[1].flip(-1)
+    vectors: Tensor = torch.linalg.eigh(covariance)[1].flip(-1)
+    return vectors
 
 
 def _refreshed(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,13 +145,8 @@ def _refreshed(covariance: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     values = (basis * (covariance @ basis)).sum(-2)
     order = values.argsort(dim=-1, descending=True, stable=True)
     ordered = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
-    return torch.linalg.qr(covariance @ ordered)[0], order
-
-
-def cost(shape: Shape) -> float:
-    """Multiplications and additions of an update of a matrix of ``shape``: covariances, rotations, a tenth of a QR."""
-    m, n = shape
-    return 8.0 * m * n * (m + n) + 0.8 * (m**3 + n**3)
+    q: Tensor = torch.linalg.qr(covariance @ ordered)[0]
+    return q, order
 
 
 class DelayAwareSOAP(DelayAwareOptimizer):
@@ -178,11 +174,11 @@ class DelayAwareSOAP(DelayAwareOptimizer):
         weight_decay: lambda, decoupled.
         refresh_every: updates after which the basis is found anew.
         refresh_by_delay: more often where the delay is larger, at equal cost for all stages together.
-        look_ahead: share of the stage's delay that forwards look ahead (`methods.look_ahead`).
+        look_ahead: how far forwards look ahead (`methods.look_ahead`).
 
     Raises:
         ValueError: a value outside its range.
         TypeError: a parameter that it does not have.
     """
 
-    METHOD = Method("DelayAwareSOAP", hyper, coefficients, rule, state_shape=state_shape, cost=cost)
+    METHOD = Method("DelayAwareSOAP", hyper, coefficients, rule, state_shape=state_shape)
