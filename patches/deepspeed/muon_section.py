@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from noflush.config import ConfigError
 from noflush.methods.ranges import not_negative
 from noflush.methods.table import METHODS
 
@@ -85,6 +86,37 @@ def line(params: Mapping[str, Any], section: Mapping[str, Any], schedules: bool 
         f"noflush: optimizer Muon of the DeepSpeed config is {RULE}: {rate}; {said}; biases, norms, embeddings and "
         f"output layer by {METHODS[RULE].rest}, betas {new['betas']}, eps {new['eps']}{ahead}{unused}"
     )
+
+
+def in_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of an engine with `DelayAwareMuon` where the config names DeepSpeed's Muon, and a line that says so.
+
+    The user's own config object stays as it is. A script's optimizer, if it passes one, is yet to be replaced.
+
+    Raises ConfigError for a learning rate of matrices or of the rest where the script's schedule sets one of all.
+    """
+    import torch.distributed as dist
+
+    host_config = kwargs["config_class"]
+    params = dict(host_config._param_dict["optimizer"].get("params") or {})
+    schedules = kwargs.get("optimizer") is not None
+    if schedules and (own := [key for key in _RATES if key in params]):
+        raise ConfigError(
+            [
+                f"optimizer.params.{own[0]} is {params[own[0]]}, but the script's schedule sets the learning rate of "
+                "all parameters: leave it out"
+            ]
+        )
+    section = ours(params, schedules)
+    host_config._param_dict = {**host_config._param_dict, "optimizer": section}
+    host_config.optimizer_name, host_config.optimizer_params = section["type"], section["params"]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line(params, section, schedules), flush=True)  # noqa: T201 (where the engine's line goes)
+    lr = rates(params)
+    if schedules or lr[0] == lr[1]:
+        return kwargs
+    learnt = kwargs.get("model_parameters")
+    return {**kwargs, "model_parameters": by_rates(kwargs["model"].parameters() if learnt is None else learnt, lr)}
 
 
 def take_tags(parameters: Iterable[Any]) -> None:

@@ -174,14 +174,17 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     from noflush.patches.deepspeed import muon_section
     from noflush.patches.deepspeed.client_optimizer import check_whole, with_rule
     from noflush.patches.deepspeed.engine import NoFlushEngine
+    from noflush.patches.deepspeed.megatron_matrices import mark_matrices
     from noflush.patches.deepspeed.shared_modules import shared_untied
 
     model = kwargs["model"]
     flags = megatron.arguments_of(model)
     mark_embeddings_and_heads(model.named_modules())
     muon_section.take_tags(model.parameters())
+    if flags is not None:
+        mark_matrices(model, flags)
     if muon_section.names_it(ds_config.get("optimizer")) and (flags is not None or kwargs.get("optimizer") is None):
-        kwargs = _with_muon(kwargs)
+        kwargs = muon_section.in_place(kwargs)
         ds_config = host_config._param_dict
     facts = facts_of(model, host_config, kwargs.get("optimizer"))
     block, schedule = check_run(ds_config, facts if flags is None else megatron.facts(facts, flags, ds_config))
@@ -196,44 +199,6 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     if flags is not None:
         megatron.follow_updates(engine, flags)
     return engine
-
-
-def _with_muon(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` of an engine with `DelayAwareMuon` where the config names DeepSpeed's Muon, and a line that says so.
-
-    The user's own config object stays as it is.
-    """
-    from noflush.patches.deepspeed import muon_section
-
-    host_config = kwargs["config_class"]
-    params = dict(host_config._param_dict["optimizer"].get("params") or {})
-    schedules = kwargs.get("optimizer") is not None
-    if schedules and (own := sorted({"muon_lr", "adam_lr"} & params.keys())):
-        raise ConfigError(
-            [
-                f"optimizer.params.{own[0]} is {params[own[0]]}, but the script's schedule sets the learning rate of "
-                "all parameters: leave it out"
-            ]
-        )
-    section = muon_section.ours(params, schedules)
-    host_config._param_dict = {**host_config._param_dict, "optimizer": section}
-    host_config.optimizer_name, host_config.optimizer_params = section["type"], section["params"]
-    if _is_first_rank():
-        print(muon_section.line(params, section, schedules), flush=True)  # noqa: T201 (where the engine's line goes)
-    rates = muon_section.rates(params)
-    if schedules or rates[0] == rates[1]:
-        return kwargs
-    learnt = kwargs.get("model_parameters")
-    return {
-        **kwargs,
-        "model_parameters": muon_section.by_rates(kwargs["model"].parameters() if learnt is None else learnt, rates),
-    }
-
-
-def _is_first_rank() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
