@@ -1,10 +1,11 @@
-"""The demo: trains one Megatron GPT twice with launch/pretrain_gpt.py, with the flush and without, and compares.
+"""The demo: trains one Megatron GPT with launch/pretrain_gpt.py, with the flush and without, and compares.
 
     python examples/compare.py [--text FILE] [--out runs/demo]
 
 The text is tokenized into Megatron's .bin/.idx first; its bytes are the tokens, so that a small model learns something
-in a minute. Both runs have the same model, data, batch size, optimizer and tokens; each has the learning rate that was
-best for it (tests/bench/results/demo_lr.jsonl). Writes summary.json, loss.png and timeline.png.
+in a minute. All runs have the same model, data, batch size and tokens. Without the flush trains what suffers least from
+the delay, Muon with a look-ahead; with it AdamW, as most people train, and Muon, the best that is known here. Each has
+the learning rate that was best for it (docs/measured.md). Writes summary.json, loss.png and timeline.png.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -34,9 +36,33 @@ from noflush.watch.timeline import draw_timeline
 
 HERE = Path(__file__).parent
 STAGES = 4
-LEARNING_RATES = {"flush": 2e-3, "no_flush": 7e-4}
-SCHEDULES = {"flush": "1f1b_flush", "no_flush": "1f1b_no_flush"}
-TITLES = {"flush": "with the flush", "no_flush": "no flush"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One of the runs; ``lr`` is the best of those tried."""
+
+    title: str
+    schedule: str
+    optimizer: dict
+    lr: float
+    colour: str
+
+
+MUON = {"type": "DelayAwareMuon", "params": {}}
+RUNS = {
+    "adamw": Run("AdamW, with the flush", "1f1b_flush", {"type": "PipeDreamAdamW", "params": {}}, 1e-3, "#b8a99a"),
+    "muon": Run("Muon, with the flush", "1f1b_flush", MUON, 4e-3, "#9c755f"),
+    "no_flush": Run(
+        "Muon looking ahead, no flush",
+        "1f1b_no_flush",
+        {"type": "DelayAwareMuon", "params": {"look_ahead": 0.9}},
+        4e-3,
+        "#4c78a8",
+    ),
+}
+WITH_ITS_COSTS = {"adamw": "adamw", "muon": "muon", "no_flush": "muon"}
+"""Whose compute times a run has with a core a stage: with the flush at most two stages compute at once."""
 ONE_CORE_A_STAGE = os.environ | {"OMP_NUM_THREADS": "1"}
 console = Console(highlight=False)
 
@@ -66,16 +92,17 @@ def train(name, data, args, port, out):
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
     config = json.loads((HERE / "ds_config.json").read_text())
-    config["async_pipeline"] |= {"schedule": SCHEDULES[name], "trace_dir": str(out / name / "trace")}
+    config["optimizer"] = RUNS[name].optimizer
+    config["async_pipeline"] |= {"schedule": RUNS[name].schedule, "trace_dir": str(out / name / "trace")}
     (out / name / "ds_config.json").write_text(json.dumps(config, indent=2))
-    lr = args.lr or LEARNING_RATES[name]
+    lr = args.lr or RUNS[name].lr
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(STAGES)]
     command += ["--master_port", str(port), "--module", "noflush.launch.pretrain_gpt"]
     command += [f"@{HERE / 'gpt_demo.args'}", *data, "--data-cache-path", str(out / "cache")]
     command += ["--train-iters", str(args.steps), "--lr", str(lr), "--min-lr", str(lr / 10), "--seed", str(args.seed)]
     command += ["--eval-interval", str(max(1, args.steps // 10)), "--save", str(out / name)]
     command += ["--deepspeed", "--deepspeed_config", str(out / name / "ds_config.json")]
-    curve = follow(command, out / name / "log.txt", TITLES[name], args.steps)
+    curve = follow(command, out / name / "log.txt", RUNS[name].title, args.steps)
     return curve, trace.read(out / name / "trace")
 
 
@@ -89,7 +116,7 @@ def follow(command, log, title, steps):
     Returns the validation losses, each with the training time and the tokens until then.
     """
     columns = (
-        TextColumn("{task.description:>15}"),
+        TextColumn("{task.description:>28}"),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
@@ -144,10 +171,9 @@ def costs_of(events):
 def summarise(curves, traces):
     """All the numbers of the comparison."""
     equal_time = min(curve[-1]["seconds"] for curve in curves.values())
-    # With the flush at most two stages compute at once, so its times are those of a core of one's own.
-    costs = costs_of(traces["flush"].events)
-    schedules = {name: Schedule(STAGES, 1, SCHEDULES[name]) for name in curves}
-    predicted = {name: play(schedule, costs) for name, schedule in schedules.items()}
+    costs = {name: costs_of(traces[WITH_ITS_COSTS[name]].events) for name in curves}
+    schedules = {name: Schedule(STAGES, 1, RUNS[name].schedule) for name in curves}
+    predicted = {name: play(schedule, costs[name]) for name, schedule in schedules.items()}
     retimed = {
         name: [p | {"seconds": p["step"] * predicted[name].seconds_per_call} for p in curve]
         for name, curve in curves.items()
@@ -179,35 +205,46 @@ def print_table(summary):
     """The one table of the demo, and what this machine's cores have to do with it."""
     table = Table(title=f"GPT, {STAGES} stages, K = 1, equal tokens")
     table.add_column("")
-    for name in ("flush", "no_flush"):
-        table.add_column(TITLES[name], justify="right")
-    pair = [summary["flush"], summary["no_flush"]]
+    for one in RUNS.values():
+        table.add_column(one.title, justify="right")
+    runs = [summary[name] for name in RUNS]
     rows = {
-        "tokens/s": [f"{r['tokens_per_s']:,.0f}" for r in pair],
-        "bubble measured": [f"{r['bubble']:.1%}" for r in pair],
-        "validation loss, equal tokens (nats)": [f"{r['val_loss']:.4f}" for r in pair],
+        "tokens/s": [f"{r['tokens_per_s']:,.0f}" for r in runs],
+        "bubble measured": [f"{r['bubble']:.1%}" for r in runs],
+        "validation loss, equal tokens (nats)": [f"{r['val_loss']:.4f}" for r in runs],
         f"validation loss, equal time ({summary['equal_time_s']:.0f} s)": [
-            f"{r['val_loss_equal_time']:.4f}" for r in pair
+            f"{r['val_loss_equal_time']:.4f}" for r in runs
         ],
-        "delay by stage (updates)": [" ".join(map(str, r["delay"])) for r in pair],
+        "delay by stage (updates)": [" ".join(map(str, r["delay"])) for r in runs],
         "predicted with a core a stage: tokens/s": [
-            f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in pair
+            f"{r['predicted_core_a_stage']['tokens_per_s']:,.0f}" for r in runs
         ],
-        "predicted with a core a stage: bubble": [f"{r['predicted_core_a_stage']['bubble']:.1%}" for r in pair],
+        "predicted with a core a stage: bubble": [f"{r['predicted_core_a_stage']['bubble']:.1%}" for r in runs],
         "predicted with a core a stage: loss, equal time": [
-            f"{r['predicted_core_a_stage']['val_loss_equal_time']:.4f}" for r in pair
+            f"{r['predicted_core_a_stage']['val_loss_equal_time']:.4f}" for r in runs
         ],
     }
     for label, cells in rows.items():
         table.add_row(label, *cells)
     console.print(table)
-    ratio = pair[1]["tokens_per_s"] / pair[0]["tokens_per_s"]
-    alone = [r["predicted_core_a_stage"]["tokens_per_s"] for r in pair]
+    without, best = summary["no_flush"], min((summary["adamw"], summary["muon"]), key=lambda r: r["val_loss"])
+    ratio = without["tokens_per_s"] / best["tokens_per_s"]
+    alone = [r["predicted_core_a_stage"] for r in (without, best)]
+    faster = alone[0]["tokens_per_s"] / alone[1]["tokens_per_s"]
     console.print(
         f"Without the flush this machine, with {os.cpu_count()} cores for {STAGES} stages, trained {ratio:.2f} times "
-        "as fast. Where there are fewer cores than stages the cores, not the schedule, set the pace; with a core a "
-        f"stage the same compute times give {alone[1] / alone[0]:.2f} times (played through the schedule, links free)."
+        f"as fast as the best run with it. At equal tokens it is {_ahead(without, best, 'val_loss')} that one, at "
+        f"equal time {_ahead(without, best, 'val_loss_equal_time')} it. Where there are fewer cores than stages the "
+        "cores, not the schedule, set the pace; with a core a stage the same compute times give "
+        f"{faster:.2f} times the speed (played through the schedule, links free), and at equal time it is "
+        f"{_ahead(*alone, 'val_loss_equal_time')} it."
     )
+
+
+def _ahead(one, other, key):
+    """Who is ahead, in words."""
+    difference = other[key] - one[key]
+    return f"{abs(difference):.3f} nats {'ahead of' if difference > 0 else 'behind'}"
 
 
 def draw_loss(curves, path):
@@ -217,9 +254,9 @@ def draw_loss(curves, path):
         figure.subplots(1, 2), ("tokens", "seconds"), ("tokens", "training time (s)"), strict=True
     ):
         for name, curve in curves.items():
-            colour = {"flush": "#9c755f", "no_flush": "#4c78a8"}[name]
+            one = RUNS[name]
             axes.plot(
-                [p[key] for p in curve], [p["val_loss"] for p in curve], "o-", ms=3, color=colour, label=TITLES[name]
+                [p[key] for p in curve], [p["val_loss"] for p in curve], "o-", ms=3, color=one.colour, label=one.title
             )
         axes.set_xlabel(label)
         axes.set_ylabel("validation loss (nats)")
@@ -234,20 +271,21 @@ def main():
     p.add_argument("--out", default="runs/demo")
     p.add_argument("--steps", type=int, default=600)
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--lr", type=float, help="one learning rate for both runs")
+    p.add_argument("--lr", type=float, help="one learning rate for all runs")
     p.add_argument("--port", type=int, help="for the processes of a run to meet at (default: a free one)")
     args = p.parse_args()
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     curves, traces = {}, {}
     data = prepare(args.text, out / "data")
-    for name in ("flush", "no_flush"):
+    for name in RUNS:
         with nullcontext(args.port) if args.port else held_port() as port:
             curves[name], traces[name] = train(name, data, args, port, out)
     summary = summarise(curves, traces)
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     draw_loss(curves, out / "loss.png")
-    draw_timeline([(TITLES[name], traces[name].events) for name in ("flush", "no_flush")], str(out / "timeline.png"))
+    drawn = [(RUNS[name].title, traces[name].events) for name in ("muon", "no_flush")]
+    draw_timeline(drawn, str(out / "timeline.png"))
     print_table(summary)
     console.print(f"numbers: {out / 'summary.json'}\nplots: {out / 'loss.png'}, {out / 'timeline.png'}")
 

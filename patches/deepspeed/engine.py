@@ -29,7 +29,7 @@ from noflush.stage.checkpoint import write_latest
 from noflush.stage.late_reader import LateReader
 from noflush.stage.messages import StageFigures
 from noflush.stage.payloads import check_batch
-from noflush.stage.slices import Slices
+from noflush.stage.slices import Slices, StageSlices
 from noflush.stage.stage import Stage
 from noflush.watch.progress import progress_line
 
@@ -104,10 +104,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def _nf_slices(self) -> Slices:
         grid = self.grid
         rank, size = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
+        own = StageSlices(grid.get_slice_parallel_group(), rank, size) if size > 1 else None
         if self.has_one_norm:
             # Copies of one weight must be clipped alike: by the pipeline's norm, which the flush makes one batch's.
-            return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages)
-        return Slices(grid.get_slice_parallel_group(), rank, size) if size > 1 else Slices()
+            return Slices(grid.get_model_parallel_group(), rank, size * self.num_stages, own)
+        return Slices() if own is None else Slices(own.group, rank, size, own)
 
     # ---- what a user reads -------------------------------------------------------------------------------
 

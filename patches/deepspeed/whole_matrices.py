@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from noflush.methods.matrices import piece_of, set_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.stage.cut import by_matrix, shard_length
 
@@ -31,13 +32,14 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
             continue
         params: list[Tensor] = [p for p in group["params"] if p.requires_grad]
         sizes = [p.numel() for p in params]
-        members = by_matrix([method.cost(tuple(p.shape)) for p in params], replicas)
+        members = by_matrix([sum(method.cost(m.shape) for m in piece_of(p).matrices()) for p in params], replicas)
         length, arranged = shard_length(sizes, members, _UNIT), []
         for shard, of_shard in enumerate(members):
             arranged += [params[i] for i in of_shard]
             gap = length - sum(sizes[i] for i in of_shard)
             if gap:
                 filler = nn.Parameter(params[0].detach().new_zeros(gap))
+                set_gap(filler)
                 names[filler] = f"noflush_gap_{number}_{shard}"
                 arranged.append(filler)
         group["params"] = arranged

@@ -1,4 +1,4 @@
-"""``python -m noflush plan | simulate | trace | doctor``."""
+"""``python -m noflush plan | simulate | compare | trace | doctor``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 try:
-    from noflush.commands import doctor, plan, simulate, trace
+    from noflush.commands import compare, doctor, plan, simulate, trace
 except ModuleNotFoundError as error:
     if error.name != "rich":
         raise
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; a fault of the user's is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="noflush", description="Pipeline training without the flush.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (plan, simulate, trace, doctor):
+    for module in (plan, simulate, compare, trace, doctor):
         module.add(commands)
     args = parser.parse_args(argv)
     try:

@@ -247,3 +247,30 @@ def test_triton_hands_a_method_that_it_lacks_to_torch(monkeypatch):
         assert found[1] == wanted[1] == float(spoil)
     assert_alike(ours, reference, ulps=16)
     assert ours.flats[1].clock.tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ahead", [0.0, 2.5])
+def test_triton_runs_muon_without_waiting(model, ahead):
+    """One group of Muon's between two of Triton's; the second update is skipped, and moves nothing."""
+    from noflush.methods.muon import Hyper
+
+    method, pieces = load("DelayAwareMuon").METHOD, (Piece(0, (4, 8)), Piece(32, (8, 2)))
+
+    def groups(kernel):
+        run = Run(kernel, "nadamw", [48, 48, 48], model, model, torch.float32, ahead=ahead)
+        between = run.flats[1]
+        tensors = (between.gradient, between.weights, between.target, (torch.zeros(48),), between.clock)
+        h = Hyper(1e-2, 0.9, 0.01, True, 5, "spectral", 0.2, None, 1)
+        run.flats[1] = Flat(method, *tensors, h, between.master, pieces, tuple((p,) for p in pieces), ahead)
+        return run
+
+    kernel = TritonKernel(torch.device("cpu"))
+    ours, reference = groups(kernel), groups(EagerKernel())
+    assert kernel.clock_device(torch.device("cpu")) == torch.device("cpu")
+    for spoil in (False, True, False):
+        found, wanted = ours.step(spoil, 0.5, 64.0), reference.step(spoil, 0.5, 64.0)
+        assert found[1] == wanted[1] == float(spoil)
+    assert ours.flats[1].state[0].any()
+    assert_alike(ours, reference, ulps=64)
+    assert ours.flats[1].clock.tolist() == [2.0, 1.0]

@@ -15,7 +15,7 @@ ROW = Row(
     unit="matrix",
     state=("moved", "norms"),
     params={"lr": not_negative(1e-2), "momentum": fraction(0.9), "weight_decay": not_negative(0.0)},
-    flops=lambda rows, columns: float(rows) ** 2,
+    flops=lambda rows, columns=1: float(rows) ** 2,
 )
 
 
@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
     momentum: Any
 
 
-def rule(gradients, weights, targets, states, c, master, seed):
+def rule(gradients, weights, targets, states, sliced, c, master, seed):
     for gradient, w, target, (moved, norms) in zip(gradients, weights, targets, states, strict=True):
         moved.mul_(c.momentum).add_(gradient.to(w.dtype) * c.gradient)
         norm = moved.norm()

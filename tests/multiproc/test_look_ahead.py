@@ -14,8 +14,9 @@ from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
 
-MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "weight_decay": 0.01, "look_ahead": 0.5}}
+MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "weight_decay": 0.01, "look_ahead": 0.9}}
 PLAIN_MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3}}
+SOAP = {"type": "DelayAwareSOAP", "params": {"lr": 1e-3, "refresh_every": 2, "look_ahead": 0.9}}
 NADAMW = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "look_ahead": 0.5}}
 ADAMW = {"type": "PipeDreamAdamW", "params": {"lr": 3e-3, "look_ahead": 1.0}}
 NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9, "look_ahead": 0.3}}
@@ -31,7 +32,7 @@ def make(section):
 def cases(stages):
     """name -> (K, block, DeepSpeed's config, optimizer, simulator's precision, clip)."""
     found = {}
-    for section in (MUON, PLAIN_MUON, NADAMW, ADAMW, NAG):
+    for section in (MUON, PLAIN_MUON, SOAP, NADAMW, ADAMW, NAG):
         name = f"{section['type']} {section['params'].get('look_ahead', 0)}"
         for gas in (1, 2):
             for weights in ("stash", "latest"):

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from noflush.compare.contestants import CONTESTANTS
 from noflush.config import AsyncPipelineConfig
 from noflush.methods.table import METHODS
 from noflush.patches.deepspeed.optimizers import HOST_OPTIMIZERS
@@ -49,3 +50,8 @@ def test_the_tables_of_rules_are_the_methods():
         written[name.strip("`")] = {param: json.loads(value) for param, value in found}
     defaults = {name: {p: param.default for p, param in row.params.items()} for name, row in METHODS.items()}
     assert written == json.loads(json.dumps(defaults))
+
+
+def test_the_table_of_contestants_is_the_one_that_is_run():
+    names = [name for first, *_ in cells_of("compare.md", "| name | rule") for name in re.findall("`([^`]+)`", first)]
+    assert sorted(names) == sorted([*CONTESTANTS, "adamw"])

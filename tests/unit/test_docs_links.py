@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("plugin", "patches", "launch", "examples", "tests", "docs", ".ci")
 TEXT = {".py", ".md", ".toml", ".json", ".args", ".sbatch", ".sh", ""}
-OF_USERS = {"train.py", "gpu.jsonl"}
-"""A user's own script, and what `make bench-gpu` has yet to write."""
+OF_USERS = {"train.py", "gpu.jsonl", "trials.jsonl"}
+"""A user's own script, what `make bench-gpu` has yet to write, and what a comparison writes."""
 ELSEWHERE = "|".join(["DESI" + "GN", "SEA" + "MS", "HOU" + "SE", "METH" + r"ODS(?:: \w+ \w|'s)"])
 """Notes that are not in the project, as sentences call them; the last is the name of a table too."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")

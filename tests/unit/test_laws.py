@@ -13,6 +13,15 @@ CORE = WINGS["noflush"]
 HOSTS = ("deepspeed", "megatron", "transformers", "mpi4py")
 PURE = [
     "order",
+    "compare.agenda",
+    "compare.contestants",
+    "compare.curves",
+    "compare.halving",
+    "compare.ledger",
+    "compare.noise",
+    "compare.result",
+    "compare.settings",
+    "compare.tables",
     "config",
     "failure.blame",
     "methods.scalars",

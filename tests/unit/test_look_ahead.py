@@ -106,7 +106,7 @@ def test_flat_updates_hand_on_what_lies_ahead_and_keep_the_true_weights(name, ma
 
     params = [nn.Parameter(p.clone()) for p in start]
     rule, kernel = load(name)(params, lr=LR, look_ahead=0.5), EagerKernel()
-    rule.set_stage(Place(0, 4, 3.0))
+    rule.set_stage(Place(0, 4, 2.0))
     groups = [
         FlatGroup.of(number, group["params"], [sum(q.numel() for q in group["params"][:i]) for i in
                      range(len(group["params"]))], sum(p.numel() for p in group["params"]))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from noflush.methods.matrices import set_cut
+
 
 class Embedding(nn.Module):
     """Token and position embeddings: [batch, sequence] int64 -> [batch, sequence, width]."""
@@ -35,6 +37,7 @@ class Block(nn.Module):
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+        set_cut(self.qkv.weight, 1, (width,) * 3)
         self.out = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width)
         self.up = nn.Linear(width, 4 * width)

@@ -56,7 +56,7 @@ class EagerKernel:
                 flat.clock[1] *= flat.method.factor(flat.hyper, step)
             c = flat.method.coefficients(flat.hyper, step, flat.clock[1].item(), factor / scale)
             if flat.method.row.unit == "matrix":
-                _run_on_matrices(flat, c, int(step))
+                run_on_matrices(flat, c, int(step))
             else:
                 self._run(flat, c, int(step))
         return Outcome(unscaled.float(), torch.full_like(unscaled, 0.0 if finite else 1.0))
@@ -139,7 +139,7 @@ def _clearing_ahead(rule: Callable[..., None]) -> Callable[..., None]:
     return clearing
 
 
-def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
+def run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     """A method's rule on the matrices of a flat group, all at once, for it to batch those of equal shape."""
 
     def views(of: Tensor) -> list[Tensor]:
@@ -148,7 +148,8 @@ def _run_on_matrices(flat: Flat, c: Any, seed: int) -> None:
     states = [tuple(place.of(t) for place, t in zip(places, flat.state, strict=True)) for places in flat.state_places]
     weights, targets = views(flat.weights), views(flat.target)
     before = [w.clone() for w in weights] if flat.ahead else []
-    flat.method.rule(views(flat.gradient), weights, targets, states, c, flat.master, seed)
+    sliced = [matrix.sliced for matrix in flat.matrices]
+    flat.method.rule(views(flat.gradient), weights, targets, states, sliced, c, flat.master, seed)
     for w, w_before, target in zip(weights, before, targets, strict=False):
         look(w, w_before, target, flat.ahead)
     flat.gradient.zero_()

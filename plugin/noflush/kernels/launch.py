@@ -1,6 +1,7 @@
 """Kernel ``triton``: launches `fused`, keeps its small device tensors, and never waits for the device.
 
-Methods without a rule for Triton run in torch beside it, and read the norm first: a synchronisation an update.
+Methods of matrices run in torch beside it: without waiting too where the method says how an update is skipped
+(`Method.still`), else they read the norm first, which is a synchronisation an update.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from noflush.kernels import fused
-from noflush.kernels.eager import EagerKernel
+from noflush.kernels.eager import EagerKernel, run_on_matrices
 from noflush.kernels.norm import apex_norm
 from noflush.methods.flat import Flat, Outcome
 from noflush.methods.method import Fused
@@ -102,11 +103,32 @@ class TritonKernel:
         found = Outcome(outcome[0], outcome[1])
         for fused_rule, members in groupby(flats, key=lambda flat: flat.method.fused):
             group = list(members)
-            if fused_rule is None:
-                found = self._in_torch(group, norm, max_norm, scale)
-            else:
+            if fused_rule is not None:
                 self._launch(fused_rule, group, norm, outcome)
+            elif all(flat.method.still is not None for flat in group):
+                self._on_matrices(group, norm, max_norm, outcome)
+            else:
+                found = self._in_torch(group, norm, max_norm, scale)
         return found
+
+    def _on_matrices(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, outcome: Tensor) -> None:
+        """Methods of matrices that can be told not to move: the device decides whether they do."""
+        scale = self._scale[0]
+        unscaled = norm / scale
+        finite = torch.isfinite(unscaled)
+        clip = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(unscaled)
+        factor = torch.where(finite, clip / scale, 0.0)
+        for flat in flats:
+            assert flat.method.still is not None
+            flat.clock[0] += finite
+            flat.gradient.nan_to_num_(0.0, 0.0, 0.0)  # of no effect but in an update that is skipped
+            moving = flat.method.coefficients(flat.hyper, 1.0, 1.0, factor)
+            chosen = [
+                a if a is b or a == b else torch.where(finite, a, b)
+                for a, b in zip(moving, flat.method.still(moving), strict=True)
+            ]
+            run_on_matrices(flat, type(moving)(*chosen), 0)
+        outcome[0], outcome[1] = unscaled, (~finite).float()
 
     def _launch(self, rule: Fused, flats: Sequence[Flat], norm: Tensor, outcome: Tensor) -> None:
         """Groups of one method, whose clocks lie one after the other."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Shape = tuple[int, ...]
 _IS_MATRIX = "noflush_is_matrix"
 _CUT = "noflush_cut"
+_GAP = "noflush_gap"
 # As Megatron marks them, and as people name them.
 _OUTSIDE = "is_embedding_or_output_parameter"
 _NAMES = re.compile(r"(^|[._])(embed\w*|wte|wpe|lm_head|output_layer|head|logits|unembed\w*|vocab\w*)(\.|$)")
@@ -35,11 +36,19 @@ class Cut(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A parameter, or a tensor in its shape, inside of a flat one: its first element, its shape, and how it is cut."""
+    """A parameter, or a tensor in its shape, inside of a flat one.
+
+    Attributes:
+        offset: of its first element.
+        shape: its shape.
+        cut: how it is cut, if it is fused.
+        sliced: 0 or 1: tensor parallelism has cut its rows or its columns, and this is one slice; None: it is whole.
+    """
 
     offset: int
     shape: Shape
     cut: Cut | None = None
+    sliced: int | None = None
 
     def of(self, flat: Tensor) -> Tensor:
         """The piece's view of ``flat``."""
@@ -61,6 +70,11 @@ class Part(NamedTuple):
     last: int
 
     @property
+    def sliced(self) -> int | None:
+        """As of the fused weight."""
+        return self.fused.sliced
+
+    @property
     def shape(self) -> Shape:
         """(rows, columns) of the matrix."""
         assert self.fused.cut is not None
@@ -75,7 +89,10 @@ class Part(NamedTuple):
 
 def piece_of(p: Tensor, offset: int = 0) -> Piece:
     """Where parameter ``p`` lies, if its first element is at ``offset``."""
-    return Piece(offset, tuple(p.shape), getattr(p, _CUT, None))
+    sliced = (
+        getattr(p, "partition_dim", -1) if getattr(p, "tensor_model_parallel", False) else -1
+    )  # as Megatron says it
+    return Piece(offset, tuple(p.shape), getattr(p, _CUT, None), sliced if sliced in (0, 1) else None)
 
 
 def set_cut(p: Tensor, groups: int, rows: Sequence[int]) -> None:
@@ -86,6 +103,16 @@ def set_cut(p: Tensor, groups: int, rows: Sequence[int]) -> None:
             f"which are {groups * sum(rows)}: it must have so many rows and two dimensions"
         )
     setattr(p, _CUT, Cut(groups, tuple(rows)))
+
+
+def set_gap(p: Tensor) -> None:
+    """Says that ``p`` only fills a gap between others: no rule sees it."""
+    setattr(p, _GAP, True)
+
+
+def is_gap(p: Tensor) -> bool:
+    """Whether ``p`` only fills a gap."""
+    return bool(getattr(p, _GAP, False))
 
 
 def is_matrix(p: Tensor) -> bool:
@@ -137,6 +164,21 @@ def split_groups(groups: Iterable[Any], method: str, given: Mapping[str, Any]) -
         if halves[1]:
             made.append({**given, **group, "params": halves[1], "method": method})
     return made
+
+
+class Gather(Protocol):
+    """The ranks that each hold a slice of a stage's matrices."""
+
+    @property
+    def rank(self) -> int:
+        """This one's place."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def gather(self, t: Tensor, dim: int) -> Tensor:
+        """All ranks' ``t``, one behind the other along ``dim``, on all of them."""
 
 
 def by_shape(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:

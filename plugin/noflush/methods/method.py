@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from noflush.methods.matrices import Gather
 from noflush.methods.table import METHODS, Row, load
 
 Shape = tuple[int, ...]
@@ -17,11 +18,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """The stage a method serves: ``stage`` s of ``stages`` P, its mean ``delay`` in updates (0 without asynchrony)."""
+    """The stage a method serves: ``stage`` s of ``stages`` P, its mean ``delay`` in updates (0 without asynchrony).
+
+    ``slices``: the ranks that share it by tensor parallelism; None for one.
+    """
 
     stage: int = 0
     stages: int = 1
     delay: float = 0.0
+    slices: Gather | None = None
 
 
 class Fused(NamedTuple):
@@ -50,13 +55,17 @@ class Method:
             NamedTuple of floats whose first is the factor of every gradient, handed in (unscale times clip).
         rule: the arithmetic, in place. Of unit ``element``: ``rule(gradient, weights, target, state, c, master,
             seed, first)`` over tensors of one shape, as `elementwise` explains. Of unit ``matrix``:
-            ``rule(gradients, weights, targets, states, c, master, seed)``, lists of whole tensors in their
-            shapes (of a fused weight's [groups, rows of each, n]), and of a tuple of state tensors each.
+            ``rule(gradients, weights, targets, states, sliced, c, master, seed)``: lists of whole tensors in
+            their shapes (of a fused weight's [groups, rows of each, n]), of a tuple of state tensors each, and of how
+            tensor parallelism has sliced each (`matrices.Piece`).
         factor: ``factor(hyper, step)``: what the running product is multiplied by at update ``step``; None: none is
             kept.
         fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
         state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
+        still: ``still(c)``: of a method of matrices whose coefficients are the same at every step: those with which the
+            rule changes nothing. A GPU then chooses between the two by itself when an update is to be skipped, with
+            0-dim tensors in place of floats.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Method:
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
     state_shape: Callable[[str, Shape], Shape] | None = None
     fused: Fused | None = None
+    still: Callable[[Any], Any] | None = None
 
     @property
     def row(self) -> Row:

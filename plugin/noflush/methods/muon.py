@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from noflush.methods.matrices import Gather
 from noflush.methods.method import Method, Place
-from noflush.methods.newton_schulz import orthogonalized
+from noflush.methods.newton_schulz import orthogonalized, orthogonalized_whole
 from noflush.methods.optimizer import DelayAwareOptimizer
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of one group, as the optimizer takes them."""
+    """Hyper-parameters of one group, as the optimizer takes them, and what `Coefficients` says of slices."""
 
     lr: float
     momentum: float
@@ -22,6 +23,8 @@ class Hyper(NamedTuple):
     ns_steps: int
     scale_mode: str
     extra_scale_factor: float
+    slices: Gather | None
+    slice_count: int
 
 
 class Coefficients(NamedTuple):
@@ -34,15 +37,19 @@ class Coefficients(NamedTuple):
         of_momentum: the weight of the momentum in the direction: ``momentum`` with Nesterov's, else 1.
         step: lr times the extra factor.
         ns_steps, scale_mode: as the optimizer takes them.
+        slices: the ranks to put a sliced matrix together with; None: each orthogonalizes its own slice.
+        slice_count: into how many a sliced matrix is cut.
     """
 
-    gradient: float
-    decay: float
-    average: float
+    gradient: Any
+    decay: Any
+    average: Any
     of_momentum: float
-    step: float
+    step: Any
     ns_steps: int
     scale_mode: str
+    slices: Gather | None
+    slice_count: int
 
 
 def hyper(group: Mapping[str, Any], place: Place) -> Hyper:
@@ -55,6 +62,8 @@ def hyper(group: Mapping[str, Any], place: Place) -> Hyper:
         group["ns_steps"],
         group["scale_mode"],
         group["extra_scale_factor"],
+        place.slices if group["tensor_parallel"] == "gathered" else None,
+        1 if place.slices is None else place.slices.size,
     )
 
 
@@ -68,7 +77,14 @@ def coefficients(h: Hyper, step: float, product: float, gradient: float) -> Coef
         step=h.lr * h.extra_scale_factor,
         ns_steps=h.ns_steps,
         scale_mode=h.scale_mode,
+        slices=h.slices,
+        slice_count=h.slice_count,
     )
+
+
+def still(c: Coefficients) -> Coefficients:
+    """`Method.still`."""
+    return c._replace(decay=1.0, average=0.0, step=0.0)
 
 
 def scale(mode: str, rows: int, columns: int) -> float:
@@ -84,6 +100,7 @@ def rule(
     weights: Sequence[Tensor],
     targets: Sequence[Tensor],
     states: Sequence[tuple[Tensor, ...]],
+    sliced: Sequence[int | None],
     c: Coefficients,
     master: bool,
     seed: Any = 0,
@@ -94,12 +111,16 @@ def rule(
         g = gradient.to(w.dtype) * c.gradient
         moved.lerp_(g, c.average)
         directions.append(g.lerp_(moved, c.of_momentum) if c.of_momentum < 1 else moved)
-    steps = orthogonalized(directions, c.ns_steps)
-    for w, target, step in zip(weights, targets, steps, strict=True):
-        rows, columns = step.shape[:-1].numel(), step.shape[-1]
+    if c.slices is None:
+        steps = orthogonalized(directions, c.ns_steps)
+    else:
+        steps = orthogonalized_whole(directions, sliced, c.ns_steps, c.slices)
+    for w, target, step, cut in zip(weights, targets, steps, sliced, strict=True):
+        # Of the whole matrix, also where each slice is orthogonalized by itself.
+        rows = step.shape[:-1].numel() * (c.slice_count if cut == 0 else 1)
+        columns = step.shape[-1] * (c.slice_count if cut == 1 else 1)
         new = w if master else target
-        new.copy_(w * c.decay)
-        new.add_(step.to(w.dtype), alpha=-c.step * scale(c.scale_mode, rows, columns))
+        new.copy_(w * c.decay - step.to(w.dtype) * (c.step * scale(c.scale_mode, rows, columns)))
         if master:
             target.copy_(new)
 
@@ -132,6 +153,9 @@ class DelayAwareMuon(DelayAwareOptimizer):
         scale_mode: how a matrix's shape scales its step: ``spectral`` as above, ``unit_rms_norm`` for
             :math:`\sqrt{m/n}`, ``shape_scaling`` for :math:`\sqrt{\max(1, m/n)}`.
         extra_scale_factor: s, a factor of every matrix's step.
+        tensor_parallel: of matrices that tensor parallelism has cut: ``blockwise`` orthogonalizes each slice by itself,
+            which costs no message (as MuonBP, arXiv 2510.16981, between its full steps); ``gathered`` puts the momentum
+            together on every rank first, which is exact, and costs an all-gather of it and the work a rank.
         betas, eps: of the rest.
         look_ahead: how far forwards look ahead (`methods.look_ahead`).
 
@@ -140,4 +164,4 @@ class DelayAwareMuon(DelayAwareOptimizer):
         TypeError: a parameter that it does not have.
     """
 
-    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule)
+    METHOD = Method("DelayAwareMuon", hyper, coefficients, rule, still=still)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from noflush.methods.flops import GRAM_FROM
-from noflush.methods.matrices import by_shape
+from noflush.methods.matrices import Gather, by_shape
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _EPS = 1e-7
@@ -27,18 +27,49 @@ def orthogonalized(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
     """
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     for places, stacked in by_shape(matrices):
-        tall = stacked.shape[-2] > stacked.shape[-1]
-        x = stacked.transpose(-1, -2) if tall else stacked
-        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
-        if x.device.type != "cpu":
-            x = _iterated(x.bfloat16(), steps).float()
-        elif x.shape[-1] >= GRAM_FROM * x.shape[-2]:
-            x = _gram(x, steps)
-        else:
-            x = _iterated(x, steps)
-        for place, result in zip(places, x.transpose(-1, -2) if tall else x, strict=True):
+        for place, result in zip(places, _orthogonal(stacked, steps), strict=True):
             found[place] = result.reshape(matrices[place].shape)
     return found
+
+
+def orthogonalized_whole(
+    matrices: Sequence[Tensor], sliced: Sequence[int | None], steps: int, slices: Gather
+) -> list[Tensor]:
+    """As `orthogonalized`, of matrices that tensor parallelism has cut: each is put together first, on every rank.
+
+    Args:
+        sliced: of each matrix along which dimension it is cut; None: every rank holds it whole.
+        slices: the ranks that hold the slices; all call this at once, for equal lists.
+
+    Returns this rank's slices. In which order rows or columns are put together changes nothing of a slice.
+    """
+    found: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for dim in (None, 0, 1):
+        mine = [i for i, found_dim in enumerate(sliced) if found_dim == dim]
+        for places, stacked in by_shape([matrices[i] for i in mine]):
+            if dim is None:
+                whole = _orthogonal(stacked, steps)
+            else:
+                own = stacked.shape[dim + 1]
+                gathered = slices.gather(stacked, dim + 1)
+                whole = _orthogonal(gathered, steps).narrow(dim + 1, slices.rank * own, own)
+            for place, result in zip(places, whole, strict=True):
+                found[mine[place]] = result.reshape(matrices[mine[place]].shape)
+    return found
+
+
+def _orthogonal(stacked: Tensor, steps: int) -> Tensor:
+    """Of matrices of one shape, [how many, m, n]."""
+    tall = stacked.shape[-2] > stacked.shape[-1]
+    x = stacked.transpose(-1, -2) if tall else stacked
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
+    if x.device.type != "cpu":
+        x = _iterated(x.bfloat16(), steps).float()
+    elif x.shape[-1] >= GRAM_FROM * x.shape[-2]:
+        x = _gram(x, steps)
+    else:
+        x = _iterated(x, steps)
+    return x.transpose(-1, -2) if tall else x
 
 
 def _iterated(x: Tensor, steps: int) -> Tensor:

@@ -170,7 +170,7 @@ class DelayAwareOptimizer(Optimizer):
             step, c = self._begin(p, method, hyper, None)
             together.setdefault(step, (c, []))[1].append(p)
         for step, (c, members) in together.items():
-            gradients, weights, states = [], [], []
+            gradients, weights, states, sliced = [], [], [], []
             for p in members:
                 matrices = piece_of(p).matrices()
                 assert p.grad is not None
@@ -179,7 +179,8 @@ class DelayAwareOptimizer(Optimizer):
                 flats = [self.state[p][name].view(-1) for name in method.row.state]
                 laid = lay_out(method, matrices, p.numel())
                 states += [tuple(place.of(t) for place, t in zip(of, flats, strict=True)) for of in laid.places]
-            method.rule(gradients, weights, weights, states, c, False, step)
+                sliced += [m.sliced for m in matrices]
+            method.rule(gradients, weights, weights, states, sliced, c, False, step)
 
     def _check_parameter(self, p: Tensor) -> None:
         name = type(self).__name__

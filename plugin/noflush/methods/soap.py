@@ -98,6 +98,7 @@ def rule(
     weights: Sequence[Tensor],
     targets: Sequence[Tensor],
     states: Sequence[tuple[Tensor, ...]],
+    sliced: Sequence[int | None],
     c: Coefficients,
     master: bool,
     seed: Any = 0,

@@ -149,6 +149,7 @@ METHODS: dict[str, Row] = {
             "ns_steps": whole(5, least=1),
             "scale_mode": one_of("spectral", "unit_rms_norm", "shape_scaling"),
             "extra_scale_factor": not_negative(0.2),
+            "tensor_parallel": one_of("blockwise", "gathered"),
             "betas": fractions(0.9, 0.999),
             "eps": not_negative(1e-8),
         },

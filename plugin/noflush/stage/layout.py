@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from noflush.methods.matrices import Piece, piece_of
+from noflush.methods.matrices import Piece, is_gap, piece_of
 
 # Bytes. Matrix kernels may choose another code path for another alignment; torch's own allocator gives 64.
 _ALIGNMENT = 64
@@ -43,10 +43,12 @@ class FlatLayout:
         return torch.zeros(self.numel, dtype=self.params[0].dtype, device=self.params[0].device)
 
     def pieces_within(self, start: int, length: int) -> tuple[Piece, ...] | None:
-        """The parameters in elements [start, start + length), counted from there; None if an end cuts one in two."""
+        """The parameters in elements [start, start + length), counted from there; no gaps; None if one is cut."""
         found = []
         for p, offset in zip(self.params, self.offsets, strict=True):
             first, last = offset - start, offset - start + p.numel()
+            if is_gap(p):
+                continue
             if first >= 0 and last <= length:
                 found.append(piece_of(p, first))
             elif first < length and last > 0:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
@@ -24,6 +25,21 @@ def is_split(param: Parameter) -> bool:
 
 
 @dataclass(frozen=True)
+class StageSlices:
+    """The ranks that share one stage of one replica: a `matrices.Gather`."""
+
+    group: Any
+    rank: int
+    size: int
+
+    def gather(self, t: Tensor, dim: int) -> Tensor:
+        """As `matrices.Gather.gather`."""
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        dist.all_gather(parts, t.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+
+@dataclass(frozen=True)
 class Slices:
     """The ranks over which a norm is taken: those that share one stage of one replica.
 
@@ -33,11 +49,13 @@ class Slices:
         group: their process group; None stands for one rank.
         rank: this one's place among its stage's slices.
         size: how many ranks the group has.
+        of_stage: where the group spans the pipeline, this stage's slices alone.
     """
 
     group: Any = None
     rank: int = 0
     size: int = 1
+    of_stage: StageSlices | None = None
 
     def counts(self, param: Parameter) -> bool:
         """Whether this slice's gradient of ``param`` goes into the stage's norm."""

@@ -399,7 +399,8 @@ class Stage:
     def _tell_methods(self) -> None:
         rule = self.weights.rule
         if isinstance(rule, DelayAwareOptimizer):
-            rule.set_stage(Place(self.stage, self.schedule.stages, self.schedule.mean_delay(self.stage)))
+            delay = self.schedule.mean_delay(self.stage)
+            rule.set_stage(Place(self.stage, self.schedule.stages, delay, self.weights.slices.of_stage))
 
     # ---- the loss scale of fp16 --------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ PARTS = (
     Part("update-fp32", "bandwidth of the update, float32", 45, "bandwidth", (), _KERNEL),
     Part("update-bf16", "the same, bf16 weights", 45, "bandwidth", ("--model", "bf16"), _KERNEL),
     Part("update-bf16-moments", "the same, all but masters in bf16", 45, "bandwidth", _SMALL, _KERNEL),
+    Part("matrices-768", "an update of a layer's matrices, 134 M", 30, "matrices", ("--hidden", "768"), _KERNEL),
+    Part("matrices-2048", "the same, 1.3 B", 45, "matrices", ("--hidden", "2048"), _KERNEL),
     Part("engine-1", "where a steady call of the engine waits", 60, "engine", ("--stages", "1"), _ENGINE),
     Part("megatron-bf16", "tokens a second and memory at 134 M", 60, "megatron", ("--bf16",), _LAUNCHER),
     Part("megatron-fp32", "the same in float32", 60, "megatron", (), _LAUNCHER),

@@ -1,0 +1,119 @@
+"""What an update of one GPT layer costs by each method, beside the layer's forward and backward.
+
+    python tests/bench/matrices.py --hidden 768 --record
+    python tests/bench/matrices.py --hidden 2048 --rounds 3 --record
+
+The layer's weights are the four matrices of attention (query, key and value fused, and cut) and the two of an MLP four
+times as wide; 768 is the 134 M model's, 2048 a 1.3 B model's. All take turns in one process; figures are medians. Says
+after how many tokens an update costs under 5 % of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from noflush.demo.gpt import Block  # noqa: E402
+from noflush.kernels.choice import choose  # noqa: E402
+from noflush.methods import newton_schulz  # noqa: E402
+from noflush.methods.flat import FlatGroup  # noqa: E402
+from noflush.methods.matrices import set_cut  # noqa: E402
+from noflush.methods.method import Place  # noqa: E402
+from noflush.methods.table import METHODS, load  # noqa: E402
+from tests.bench.record import record  # noqa: E402
+from tests.bench.update import milliseconds  # noqa: E402
+
+SHARE = 0.05
+FUSED = (3, 0, 0, 0)
+"""How many matrices each weight of a layer is, where more than one."""
+
+
+class Update:
+    """One method's flat state of the matrices of a layer, updated as in training, looking ahead or not."""
+
+    def __init__(self, name, shapes, device, look_ahead):
+        params = [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+        for p, fused in zip(params, FUSED, strict=True):
+            if fused:
+                set_cut(p, 1, (p.shape[0] // fused,) * fused)
+        self.kernel, _ = choose("triton" if device.type == "cuda" else "torch", device, 0)
+        self.rule = load(name)(params, look_ahead=look_ahead)
+        self.rule.set_stage(Place(0, 8, 7.0))
+        offsets = [sum(p.numel() for p in params[:i]) for i in range(len(params))]
+        total = sum(p.numel() for p in params)
+        self.rule.flatten([FlatGroup.of(0, params, offsets, total)], self.kernel)
+        self.weights = torch.cat([p.detach().reshape(-1) for p in params])
+        self.target = torch.empty(total, device=device, dtype=torch.bfloat16)
+        self.gradient = torch.randn(total, device=device)
+        self.norm = self.kernel.norm([self.gradient])
+
+    def __call__(self):
+        # In mixed precision; the gradient is cleared, which changes no time.
+        self.rule.step_flat(self.kernel, [self.gradient], [self.weights], [self.target], True, self.norm, 1.0)
+
+
+def measure(args):
+    """The row."""
+    device, h = torch.device(args.device), args.hidden
+    shapes = [(3 * h, h), (h, h), (4 * h, h), (h, 4 * h)]
+    actions = {}
+    for name in METHODS:
+        actions[name] = Update(name, shapes, device, 0.0)
+    actions["DelayAwareMuon, look_ahead"] = Update("DelayAwareMuon", shapes, device, 0.9)
+    matrices = [torch.randn(h, h, device=device) for _ in range(4)]
+    matrices += [torch.randn(4 * h, h, device=device), torch.randn(h, 4 * h, device=device)]
+    for steps in (3, 5):
+        actions[f"Newton-Schulz, {steps} steps"] = lambda steps=steps: newton_schulz.orthogonalized(matrices, steps)
+    block = Block(h, max(1, h // 64), 1).to(device)
+    x = torch.randn(1, args.tokens, h, device=device, requires_grad=True)
+
+    def learn():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = block(x)
+        out.float().sum().backward()
+
+    actions["forward and backward"] = learn
+    times = {name: [] for name in actions}
+    for _ in range(args.rounds + 1):
+        for name, action in actions.items():
+            times[name].append(milliseconds(action, device))
+    median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one compiles and loads
+    per_token = median["forward and backward"] / args.tokens
+    return {
+        "ms": {name: round(value, 3) for name, value in median.items()},
+        "tokens_for_5_percent": {
+            name: round(median[name] * (1 - SHARE) / SHARE / per_token) for name in median if name in METHODS
+        },
+        "hidden": h,
+        "tokens": args.tokens,
+        "device": args.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--hidden", type=int, default=768, help="default: %(default)s")
+    p.add_argument("--tokens", type=int, default=512, help="of a forward and backward (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/matrices.jsonl")
+    args = p.parse_args()
+    result = measure(args)
+    if args.record:
+        record("matrices", result, args.device)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
