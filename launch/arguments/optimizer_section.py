@@ -15,9 +15,16 @@ from noflush.patches.deepspeed import muon_section
 if TYPE_CHECKING:
     from noflush.launch.arguments.deepspeed_config import Found
 
-_OF_MUON = ("muon_momentum", "muon_use_nesterov", "muon_scale_mode", "muon_num_ns_steps", "muon_extra_scale_factor")
+_OF_MUON = (
+    *("muon_momentum", "muon_use_nesterov", "muon_scale_mode", "muon_num_ns_steps", "muon_extra_scale_factor"),
+    "muon_tp_mode",
+)
 _OWN = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", *_OF_MUON)
 """Options that a section of the config leaves without effect."""
+
+
+_TP_MODES = {"blockwise": "blockwise", "duplicated": "gathered", "distributed": "gathered"}
+"""Megatron's two ways to the whole matrix differ in who computes, not in the result."""
 
 
 def set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer, ranks: Ranks) -> None:
@@ -35,7 +42,7 @@ def set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer, ranks: Ra
         ds["optimizer"] = _completed(of, section, optimizer)
     else:
         ds["optimizer"] = _of_arguments(of, ds, optimizer)
-    _judge_matrices(of, ds["optimizer"], ranks)
+    _say_slices(of, ds["optimizer"], ranks)
 
 
 def _completed(of: Found, section: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -84,6 +91,7 @@ def _of_arguments(of: Found, ds: Mapping[str, Any], optimizer: Optimizer) -> dic
                 "scale_mode": optimizer.scale_mode,
                 "extra_scale_factor": optimizer.scale_factor,
                 "ns_steps": optimizer.ns_steps,
+                "tensor_parallel": _TP_MODES[of.values["muon_tp_mode"]],
             }
         of.notes.append(_said_of(optimizer.name, by_matrix, own, looks=schedule == "1f1b_no_flush"))
         return {"type": by_matrix, "params": {**rates, **own}}
@@ -108,19 +116,17 @@ def _said_of(asked: str, method: str, own: Mapping[str, Any], looks: bool) -> st
     return line
 
 
-def _judge_matrices(of: Found, section: Mapping[str, Any], ranks: Ranks) -> None:
-    """What a rule of matrices does with tensor-parallel slices: each rank orthogonalizes its own."""
+def _say_slices(of: Found, section: Mapping[str, Any], ranks: Ranks) -> None:
+    """What a rule of matrices does with the slices that tensor-parallel ranks hold."""
     row = METHODS.get(muon_section.RULE if muon_section.names_it(section) else section.get("type", ""))
-    mode = of.values["muon_tp_mode"]
     if row is None or row.unit != "matrix" or ranks.tensor == 1:
         return
-    if mode != "blockwise":
-        of.faults.append(
-            f"{of.named['muon_tp_mode']} {mode}: slices are not gathered over --tensor-model-parallel-size "
-            f"{ranks.tensor}: use blockwise, or a size of 1"
+    if section["params"].get("tensor_parallel") == "gathered":
+        return  # as one rank would
+    line = f"each of {ranks.tensor} tensor-parallel ranks takes its own slice of a weight for the matrix"
+    if "tensor_parallel" in row.params:
+        line += (
+            ", with the whole weight's scale (Megatron's --muon-tp-mode blockwise has the slice's); --muon-tp-mode "
+            'duplicated, or "tensor_parallel": "gathered" in the DeepSpeed config, is exact'
         )
-    else:
-        of.notes.append(
-            f"each of {ranks.tensor} tensor-parallel ranks takes its own slice of a weight for the matrix, and scales "
-            "by the slice's shape, as Megatron's --muon-tp-mode blockwise does"
-        )
+    of.notes.append(line)

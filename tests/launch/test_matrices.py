@@ -156,13 +156,20 @@ def test_equals_the_simulator(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(result["weights"], expected, strict=True))
 
 
-def test_tensor_parallel_ranks_take_their_slices(tmp_path):
-    arguments = f"{LLAMA} --pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --optimizer muon"
-    run = settings(arguments, 4, tmp_path, BLOCK)
-    assert any("its own slice of a weight for the matrix" in note for note in run.notes)
-    first, second = (r["losses"] for r in run_ranks(train, 4, run=run, calls=6) if r["losses"])
+@pytest.mark.parametrize("mode", ["duplicated", "distributed", "blockwise"])
+def test_tensor_parallel_ranks_put_matrices_together_or_take_their_slices(mode, tmp_path):
+    """Gathered it is one slice's method, to sums in another order; by slice it is another."""
+    arguments = f"{LLAMA} --pipeline-model-parallel-size 2 --optimizer muon --muon-tp-mode {mode}"
+    arguments += " --muon-extra-scale-factor 0.2"
+    whole = settings(arguments, 2, tmp_path, BLOCK)
+    split = settings(f"{arguments} --tensor-model-parallel-size 2", 4, tmp_path, BLOCK)
+    gathered = mode != "blockwise"
+    assert split.deepspeed["optimizer"]["params"]["tensor_parallel"] == ("gathered" if gathered else "blockwise")
+    assert any("its own slice of a weight for the matrix, with the" in note for note in split.notes) is not gathered
+    first, second = (r["losses"] for r in run_ranks(train, 4, run=split, calls=6) if r["losses"])
     assert first == second
-    assert first[-1] != first[0]
+    apart = max(abs(a - b) for a, b in zip(first, run_ranks(train, 2, run=whole, calls=6)[-1]["losses"], strict=True))
+    assert (apart < 1e-4) is gathered, apart
 
 
 def section_of(words, tmp_path, **config):
@@ -177,6 +184,7 @@ def test_megatrons_options_are_the_methods_parameters(tmp_path):
         "params": {
             "lr": 3e-3, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "momentum": 0.8, "nesterov": True,
             "scale_mode": "shape_scaling", "extra_scale_factor": 0.3, "ns_steps": 4,
+            "tensor_parallel": "blockwise",
         },
     }  # fmt: skip
     assert any(

@@ -122,10 +122,6 @@ WRONG = {
         "--optimizer muon --muon-momentum 1",
         "--muon-momentum is 1.0: it must be at least 0 and below 1",
     ),
-    "Muon's slices gathered": (
-        "--optimizer muon --muon-tp-mode duplicated --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1",
-        "--muon-tp-mode duplicated: slices are not gathered over --tensor-model-parallel-size 2: use blockwise",
-    ),
     "log interval": ("--log-interval 0", "--log-interval is 0: it must be 1 or more"),
     "recompute method": ("--recompute-method block", "--recompute-method block without --recompute-granularity full"),
     "exit signal": (
