@@ -146,14 +146,18 @@ def halving(optimizer):
 RULE = {"type": "DelayAwareMuon", "params": {"look_ahead": 0.5, "momentum": 0.95}}
 
 
-def train_rule(rank):
-    return trained(build(theirs, halving, {"optimizer": RULE}))
+def train_rule(rank, more):
+    return trained(build(theirs, halving, {"optimizer": RULE}, **more))
 
 
-def test_it_takes_a_scripts_groups_and_schedule_over():
-    """Groups are split into matrices and the rest, and the schedule's rate reaches both."""
+@pytest.mark.parametrize("more", [{}, ZERO], ids=["float32", "ZeRO-1"])
+def test_it_takes_a_scripts_groups_and_schedule_over(more):
+    """Groups are split into matrices and the rest, and the schedule's rate reaches both.
+
+    The config names DeepSpeed's Muon, so that every parameter bears its marks.
+    """
     torch.set_num_threads(1)
-    results = run_ranks(train_rule, 2)
+    results = run_ranks(train_rule, 2, more=more)
 
     def make(params):
         return DelayAwareMuon(two_groups(params), lr=3e-3, **RULE["params"])
