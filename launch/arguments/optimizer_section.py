@@ -111,7 +111,7 @@ def _said_of(asked: str, method: str, own: Mapping[str, Any], looks: bool) -> st
     said = ", ".join(f"{key} {value}" for key, value in own.items() if key not in ("betas", "eps"))
     line = f"--optimizer {asked} is {method}{': ' if said else ''}{said}; the rest by {METHODS[method].rest}"
     if looks:
-        section = json.dumps({"type": method, "params": {**own, "look_ahead": 0.5}})
+        section = json.dumps({"type": method, "params": {**own, "look_ahead": 0.9}})
         line += f'. For forwards that look ahead put into the DeepSpeed config: "optimizer": {section}'
     return line
 

@@ -2,8 +2,7 @@
 
 DeepSpeed 0.19.8 (runtime/engine.py `_muon_param_groups`, runtime/zero/muon/original_muon.py) steps a matrix [m, n] by
 its learning rate times max(1, m / n)^(1/2), which is `DelayAwareMuon`'s ``shape_scaling`` with a factor of 1; what is
-no matrix is Adam's, with betas, eps and a learning rate of its own. `faults` and `ours` are pure; `take_tags` and
-`by_rates` know torch's parameters.
+no matrix is Adam's, with betas, eps and a learning rate of its own. `faults`, `ours` and `line` are pure.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def line(params: Mapping[str, Any], section: Mapping[str, Any], schedules: bool 
     rate = "learning rate and weight decay by the script's schedule"
     if not schedules:
         rate = "lr {} for matrices, {} for the rest".format(*rates(params))
-    ahead = "" if "look_ahead" in new else '; "look_ahead": 0.5 in its params looks half the delay ahead'
+    ahead = "" if "look_ahead" in new else '; "look_ahead": 0.9 in its params has forwards look ahead'
     left = [f"{key} {params[key]}" for key in ("ns_method", "torch_adam") if key in params]
     unused = f"; without effect: {', '.join(left)}" if left else ""
     return (

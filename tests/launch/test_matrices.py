@@ -188,7 +188,7 @@ def test_megatrons_options_are_the_methods_parameters(tmp_path):
         },
     }  # fmt: skip
     assert any(
-        note.startswith("--optimizer muon is DelayAwareMuon: momentum 0.8") and '"look_ahead": 0.5' in note
+        note.startswith("--optimizer muon is DelayAwareMuon: momentum 0.8") and '"look_ahead": 0.9' in note
         for note in found.notes
     )
     assert section_of("--optimizer muon", tmp_path).deepspeed["optimizer"]["params"]["nesterov"] is False

@@ -47,11 +47,11 @@ def test_the_line_says_what_became_of_each():
         "Muon of the DeepSpeed config is DelayAwareMuon: lr 0.01 for matrices, 0.0003 for the rest; momentum 0.95",
         "scale_mode shape_scaling, extra_scale_factor 1.0, weight_decay 0.0",
         "by PipeDreamAdamW, betas [0.9, 0.95], eps 1e-10",
-        '"look_ahead": 0.5 in its params',
+        '"look_ahead": 0.9 in its params',
         "without effect: ns_method gram",
     ):
         assert words in said
-    assert "looks half" not in line({"look_ahead": 0.5}, ours({"look_ahead": 0.5}))
+    assert "has forwards look" not in line({"look_ahead": 0.5}, ours({"look_ahead": 0.5}))
 
 
 def _steps(shape, count=3, heads=None):
