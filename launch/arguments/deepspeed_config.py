@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from noflush.launch.arguments.pipelining import SWITCHED_ON, asked_for
+from noflush.launch.arguments.optimizer_section import set_optimizer
+from noflush.launch.arguments.pipelining import SWITCHED_ON
 from noflush.launch.arguments.settings import Batch, Optimizer, Ranks
-from noflush.methods.table import METHODS
 
 
 class Found(Protocol):
@@ -86,7 +86,7 @@ def complete(
     if precision == "bf16":
         _sum_in_float32(of, ds)
     _set_zero(of, ds, precision)
-    _set_optimizer(of, ds, optimizer)
+    set_optimizer(of, ds, optimizer, ranks)
     return ds
 
 
@@ -174,7 +174,7 @@ def _set_zero(of: Found, ds: dict[str, Any], precision: str) -> None:
         of.faults.append("--use-distributed-optimizer is ZeRO-1, but --zero-stage is 0: take one of them out")
     if "zero_stage" in named:
         asked = int(values["zero_stage"])
-    elif values["use_distributed_optimizer"]:
+    elif values["use_distributed_optimizer"] or values["optimizer"] == "dist_muon":
         asked = 1
     section = ds.get("zero_optimization")
     there = section.get("stage") if isinstance(section, Mapping) else None
@@ -188,51 +188,3 @@ def _set_zero(of: Found, ds: dict[str, Any], precision: str) -> None:
         asked = max(1, asked or 0)
     if there is None and asked is not None:
         ds["zero_optimization"] = {**(section if isinstance(section, Mapping) else {}), "stage": asked}
-
-
-def _set_optimizer(of: Found, ds: dict[str, Any], optimizer: Optimizer) -> None:
-    """An "optimizer" section names the method; learning rate and decay are Megatron's schedule's."""
-    section = ds.get("optimizer")
-    if "scheduler" in ds:
-        of.faults.append(
-            "the DeepSpeed config has a scheduler, and so have Megatron's arguments (--lr-decay-style ...): take the "
-            "section out"
-        )
-    if isinstance(section, Mapping):
-        params = dict(section.get("params") or {})
-        decay = optimizer.weight_decay[0]
-        for key, option, name, value in (
-            ("lr", "--lr", "lr", optimizer.lr),
-            ("weight_decay", "--weight-decay", "weight_decay", decay),
-        ):
-            if params.get(key, "auto") not in ("auto", value) and name in of.named:
-                of.faults.append(
-                    f"optimizer.params.{key} is {params[key]} in the DeepSpeed config, but {option} says {value}: take "
-                    "one out"
-                )
-            params[key] = value
-        ds["optimizer"] = {**section, "params": params}
-        for name in ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"):
-            if name in of.named:
-                of.notes.append(f"{of.named[name]}: the optimizer is the one in the DeepSpeed config, with its own")
-        return
-    if optimizer.name == "sgd":
-        params = {"lr": optimizer.lr, "momentum": optimizer.momentum, "weight_decay": optimizer.weight_decay[0]}
-        ds["optimizer"] = {"type": "SGD", "params": params}
-        return
-    params = {
-        "lr": optimizer.lr,
-        "betas": list(optimizer.betas),
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay[0],
-    }
-    schedule = asked_for(ds)
-    if schedule is not None:
-        ds["optimizer"] = {"type": "PipeDreamAdamW", "params": params}
-        if schedule == "1f1b_no_flush":
-            of.notes.append(
-                "training with Adam, as --optimizer says. For the delay-aware method add to the DeepSpeed config: "
-                f'"optimizer": {{"type": "{next(iter(METHODS))}", "params": {{"betas": [0.99, 0.999]}}}}'
-            )
-    else:
-        ds["optimizer"] = {"type": "AdamW", "params": {**params, "torch_adam": True}}

@@ -133,10 +133,12 @@ class Optimizer:
     """Megatron's optimizer and the course of its rates; lengths in samples, as Megatron's scheduler counts.
 
     Attributes:
-        name: ``adam`` or ``sgd``.
+        name: ``adam``, ``sgd``, ``muon``, ``dist_muon`` or ``soap``.
         rates_of_arguments, rates_of_checkpoint: whose course of learning rate and weight decay counts where the two
             differ; with neither, that is a fault.
         decay_all: whether biases and norms decay too.
+        muon_momentum, nesterov, scale_mode, scale_factor, ns_steps: Muon's.
+        split_qkv: whether query, key and value are matrices each, for a rule of matrices.
     """
 
     name: str
@@ -154,6 +156,12 @@ class Optimizer:
     betas: tuple[float, float]
     eps: float
     momentum: float
+    muon_momentum: float
+    nesterov: bool
+    scale_mode: str
+    scale_factor: float
+    ns_steps: int
+    split_qkv: bool
     rates_of_arguments: bool
     rates_of_checkpoint: bool
 

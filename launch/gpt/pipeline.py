@@ -12,6 +12,7 @@ from torch import nn
 from noflush.launch.arguments.settings import Model, Settings
 from noflush.launch.gpt.config import layer_spec, transformer_config
 from noflush.launch.gpt.layers import Block, Embedding, FinalNorm, Head, NextTokenLoss, tied_head
+from noflush.launch.gpt.matrices import mark_matrices
 
 
 class _Seeded:
@@ -81,7 +82,7 @@ def build_pipeline(settings: Settings) -> PipelineModule:
     """The run's module on this rank. torch.distributed and megatron-core's groups must be there."""
     steps, ranks = settings.steps, settings.ranks
     topology = PipeModelDataParallelTopology(num_pp=ranks.pipeline, num_mp=ranks.tensor, num_dp=ranks.data)
-    return PipelineModule(
+    module = PipelineModule(
         layers=layer_specs(
             settings.model,
             steps.seed,
@@ -94,6 +95,8 @@ def build_pipeline(settings: Settings) -> PipelineModule:
         partition_method="type:Block",
         seed_layers=False,
     )
+    mark_matrices(module, settings.model, ranks.tensor, settings.optimizer.split_qkv)
+    return module
 
 
 def parameter_groups(module: nn.Module, decay_all: bool = False) -> list[dict[str, Any]]:

@@ -13,7 +13,10 @@ from typing import Any
 from torch.optim import Optimizer
 
 from noflush.config import ConfigError
+from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import load
+from noflush.patches.deepspeed.config_faults import flattened_by
+from noflush.patches.deepspeed.optimizers import refusal_of_class
 
 logger = logging.getLogger("noflush")
 _GROUP_KEYS = ("params", "name", "lr", "initial_lr", "lr_mult", "lr_scale", "weight_decay", "wd_mult")
@@ -43,8 +46,30 @@ def with_rule(kwargs: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str
                     "that makes the schedule out of an optimizer as lr_scheduler"
                 ]
             )
-        schedule.optimizer = ours
+        _hand_over(schedule, theirs, ours)
     return {**kwargs, "optimizer": ours}
+
+
+def check_whole(theirs: Any, ds_config: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a script's optimizer sees whole matrices and would be handed flat pieces of many."""
+    why = refusal_of_class(type(theirs).__name__, flattened_by(ds_config))
+    if why and not isinstance(theirs, DelayAwareOptimizer):
+        raise ConfigError([f"the script's {type(theirs).__name__}: {why}"])
+
+
+def _hand_over(schedule: Any, theirs: Any, ours: Optimizer) -> None:
+    """Has ``schedule``, and those that it is made of, set the rates of ``ours``.
+
+    torch's and DeepSpeed's keep lists with a number a group; a rule of matrices makes two groups out of one.
+    """
+    schedule.optimizer = ours
+    number = {id(p): i for i, group in enumerate(theirs.param_groups) for p in group["params"]}
+    origins = [number[id(group["params"][0])] for group in ours.param_groups]
+    for name, value in list(vars(schedule).items()):
+        if isinstance(value, list) and len(value) == len(theirs.param_groups) and ("lr" in name or "mom" in name):
+            setattr(schedule, name, [value[origin] for origin in origins])
+    for part in getattr(schedule, "_schedulers", ()):
+        _hand_over(part, theirs, ours)
 
 
 def _rule_for(theirs: Optimizer, section: Mapping[str, Any]) -> Optimizer:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from noflush.methods.table import METHODS
+from noflush.patches.deepspeed import muon_section
 from noflush.patches.deepspeed.optimizers import refusal
 
 
@@ -80,17 +81,24 @@ def faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
     if ds.get("managed_gradient_accumulation", True) is not True:
         faults.append("managed_gradient_accumulation is false: noflush owns the update interval; leave it out")
     named = at(ds, "optimizer", "type")
-    if named in METHODS:
+    muon = muon_section.names_it(ds.get("optimizer"))
+    if named in METHODS or muon:
         given = at(ds, "optimizer", "params") or {}
         if isinstance(given, Mapping):
-            wrong = METHODS[named].faults({key: value for key, value in given.items() if value != "auto"})
+            check = muon_section.faults if muon else METHODS[named].faults
+            wrong = check({key: value for key, value in given.items() if value != "auto"})
             faults += [f"optimizer.params of {named}: {fault}" for fault in wrong]
         else:
             faults.append(f"optimizer.params is {given!r}: it must be a JSON object")
-    flattened_by = "fp16" if at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero == 1 else None
-    if why := refusal(named, flattened_by):
+    if why := refusal(named, flattened_by(ds)):
         faults.append(f"optimizer.type is {named!r}: {why}")
     return faults
+
+
+def flattened_by(ds: Mapping[str, Any]) -> str | None:
+    """What hands an optimizer flat tensors, shards of many parameters in a row; None: nothing."""
+    zero = at(ds, "zero_optimization", "stage") == 1 or ds.get("zero_optimization") is True
+    return "fp16" if at(ds, "fp16", "enabled") else "bf16" if _bf16(ds) else "ZeRO-1" if zero else None
 
 
 _ACCUMULATE = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}

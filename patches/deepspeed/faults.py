@@ -9,6 +9,7 @@ from typing import Any
 from noflush.config import BLOCK, AsyncPipelineConfig, ConfigError, read_block
 from noflush.methods.table import METHODS
 from noflush.order.schedule import Schedule
+from noflush.patches.deepspeed import muon_section
 from noflush.patches.deepspeed.config_faults import at, faults_of_host_config
 
 OLDEST_DEEPSPEED = (0, 19, 3)
@@ -86,7 +87,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
         )
     # A client's optimizer is judged once it is there.
-    ours = facts.client_optimizer or named in (None, *METHODS)
+    ours = facts.client_optimizer or named in (None, *METHODS) or muon_section.names_it(ds_config.get("optimizer"))
     if config and config.kernel in ("triton", "compile") and not ours:
         faults.append(
             f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["exact", "to rounding", "refused", "not tried"]
+Verdict = Literal["exact", "refused", "not tried"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ HOST_OPTIMIZERS = {
     "Lion": HostOptimizer("not tried", "not tried", why=_NEEDS_GPU),
     "Adafactor": HostOptimizer(flat="refused", why=_BY_MATRIX),
     "Lamb": HostOptimizer("not tried", "refused", why=_BY_MATRIX),
-    "Muon": HostOptimizer(
-        "to rounding",  # its step is compiled anew for each set of shapes, and sums in another order
-        "refused",
-        why="DeepSpeed's {} moves its momentum while gradients are being gathered, before anybody knows whether the "
-        "update will be skipped or clipped; train in float32 without ZeRO, or choose another",
-    ),
+    "Muon": HostOptimizer(why="it becomes DelayAwareMuon with DeepSpeed's settings (muon_section)"),
     "SparseAdam": HostOptimizer(
         "refused",
         "refused",
@@ -78,3 +73,9 @@ def refusal(name: str | None, flattened_by: str | None) -> str | None:
     if found is None or (found.flat if flattened_by else found.plain) != "refused":
         return None
     return found.why.format(flattened_by)
+
+
+def refusal_of_class(name: str, flattened_by: str | None) -> str | None:
+    """As `refusal`, of an optimizer that a script passes, by its class: what sees whole matrices cannot be had flat."""
+    sees_matrices = any(known in name.lower() for known in ("muon", "soap", "shampoo", "adafactor", "lamb"))
+    return _BY_MATRIX.format(flattened_by) if sees_matrices and flattened_by else None

@@ -48,8 +48,8 @@ NEEDED: dict[Owner, str] = {
     """,
     TOPOLOGY: "get_axis_comm_lists",
     CONFIG: """
-        _param_dict bfloat16_config float16_config gradient_accumulation_steps wall_clock_breakdown
-        zero_optimization_stage
+        _param_dict bfloat16_config float16_config gradient_accumulation_steps optimizer_name optimizer_params
+        wall_clock_breakdown zero_optimization_stage
     """,
     BF16: """
         _global_grad_norm _lazy_init_hp_params_optimizer_state bf16_groups bf16_groups_flat bf16_partitioned_groups

@@ -171,19 +171,28 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     from noflush.methods.matrices import mark_embeddings_and_heads
     from noflush.patches.deepspeed import megatron_deepspeed as megatron
-    from noflush.patches.deepspeed.client_optimizer import with_rule
+    from noflush.patches.deepspeed import muon_section
+    from noflush.patches.deepspeed.client_optimizer import check_whole, with_rule
     from noflush.patches.deepspeed.engine import NoFlushEngine
+    from noflush.patches.deepspeed.megatron_matrices import mark_matrices
     from noflush.patches.deepspeed.shared_modules import shared_untied
 
     model = kwargs["model"]
     flags = megatron.arguments_of(model)
+    mark_embeddings_and_heads(model.named_modules())
+    muon_section.take_tags(model.parameters())
+    if flags is not None:
+        mark_matrices(model, flags)
+    if muon_section.names_it(ds_config.get("optimizer")) and (flags is not None or kwargs.get("optimizer") is None):
+        kwargs = muon_section.in_place(kwargs)
+        ds_config = host_config._param_dict
     facts = facts_of(model, host_config, kwargs.get("optimizer"))
     block, schedule = check_run(ds_config, facts if flags is None else megatron.facts(facts, flags, ds_config))
-    mark_embeddings_and_heads(model.named_modules())
     if block.optimizer is not None:
         kwargs = with_rule(kwargs, block.optimizer)
     elif flags is not None:
         kwargs = megatron.with_our_optimizer(kwargs, flags, ds_config)
+    check_whole(kwargs.get("optimizer"), ds_config)
     for line in shared_untied(model):
         logger.warning("noflush: %s", line)
     engine = NoFlushEngine(block, schedule, *args, **_with_something_to_hold(kwargs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -13,8 +15,11 @@ import torch
 
 from noflush.config import ConfigError
 from noflush.demo.port import held_port
+from noflush.methods.matrices import piece_of
 from noflush.patches.deepspeed import megatron_deepspeed as seam
+from noflush.patches.deepspeed import muon_section
 from noflush.patches.deepspeed.faults import RunFacts, check_run
+from noflush.patches.deepspeed.megatron_matrices import mark_matrices
 from tests.multiproc.ranks import run_ranks
 
 LR, DECAY, SEQUENCE = 1e-3, 0.1, 4
@@ -119,11 +124,13 @@ def train_in_tree(rank, tree, ds_config, iterations=5, tied=False):
     from megatron.training import setup, train
 
     megatron.ARGS.rank, megatron.ARGS.tied = rank, tied
-    engine, optimizer, _, schedule = setup(ds_config, 2)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        engine, optimizer, _, schedule = setup(ds_config, 2)
     losses = train(engine, iterations)
     if hasattr(engine, "drain"):
         engine.drain()
     return {
+        "said": said.getvalue(),
         "engine": type(engine).__name__,
         "optimizer": type(optimizer).__name__,
         "followed": schedule.optimizer is optimizer,
@@ -187,6 +194,103 @@ def test_run_finds_the_trees_own_megatron(tree):
     assert done.stdout.splitlines()[-1] == "NoFlushEngine DelayAwareNAdamW"
 
 
+AHEAD = {"look_ahead": 0.5, "momentum": 0.9}
+MUONS = {
+    "ours": {"type": "DelayAwareMuon", "params": AHEAD},
+    "theirs": {"type": "Muon", "params": AHEAD},
+    "as theirs": muon_section.ours(AHEAD, schedules=True),
+}
+
+
+@pytest.mark.multiproc
+def test_muon_takes_megatrons_groups_and_schedule_over(tree):
+    found = {
+        name: run_ranks(train_in_tree, 2, tree=tree, ds_config=config(2, section)) for name, section in MUONS.items()
+    }
+    for name, (first, second) in found.items():
+        assert "noflush: DelayAwareMuon of the DeepSpeed config in place of Megatron's torch.optim" in first["said"]
+        theirs = (
+            "optimizer Muon of the DeepSpeed config is DelayAwareMuon: learning rate and weight decay by the script's"
+        )
+        assert (theirs in first["said"]) == (name == "theirs")
+        assert "Muon" not in second["said"]
+    for name, results in found.items():
+        for rank in results:
+            assert (rank["engine"], rank["optimizer"], rank["followed"]) == ("NoFlushEngine", "DelayAwareMuon", True)
+            matrices, rest = rank["groups"]
+            assert (matrices["name"], matrices["weight_decay"], "method" in matrices) == ("wd", DECAY, False)
+            assert (rest["name"], rest["weight_decay"], rest["method"]) == ("no_wd", 0.0, "PipeDreamAdamW")
+            assert matrices["scale_mode"] == ("spectral" if name == "ours" else "shape_scaling")
+            assert (matrices["momentum"], matrices["look_ahead"]) == (0.9, 0.5)
+            assert {group["lr"] for group in rank["groups"]} == {LR / (1 + rank["seen"][-1][1])}
+    for theirs, ours in zip(found["theirs"], found["as theirs"], strict=True):
+        assert theirs["losses"][1:] == ours["losses"][1:]  # of the first the first stage knows nothing yet
+        assert all(torch.equal(a, b) for a, b in zip(theirs["weights"], ours["weights"], strict=True))
+
+
+class Attention(torch.nn.Module):
+    """What Megatron-DeepSpeed's attention has, of 4 heads of 3 in 2 groups."""
+
+    hidden_size_per_attention_head, num_key_value_groups = 3, 2
+
+    def __init__(self, rows):
+        super().__init__()
+        self.query_key_value = torch.nn.Linear(8, rows, bias=False)
+
+
+class Thirds(Attention):
+    """As at commit 4efb479d."""
+
+    def forward(self, x):
+        mixed = self.query_key_value(x)
+        each_hidden_size = mixed.shape[-1] // 3
+        ends = (each_hidden_size, 2 * each_hidden_size)
+        return mixed[..., : ends[0]], mixed[..., ends[0] : ends[1]], mixed[..., ends[1] :]
+
+
+class Grouped(Attention):
+    """As in the commits before."""
+
+    def split_tensor(self, mixed):
+        return torch.split(mixed, [self.num_key_value_groups, 1, 1], dim=-2)
+
+    def forward(self, x):
+        mixed = self.query_key_value(x)
+        mixed = mixed.view(*mixed.shape[:-1], -1, self.num_key_value_groups + 2, self.hidden_size_per_attention_head)
+        return tuple(part.reshape(*x.shape[:-1], -1) for part in self.split_tensor(mixed))
+
+
+class Other(Attention):
+    def forward(self, x):
+        return (self.query_key_value(x),)
+
+
+class Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense_h_to_4h = torch.nn.Linear(8, 20, bias=False)
+
+    def forward(self, x):
+        return torch.chunk(self.dense_h_to_4h(x), 2, dim=-1)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [(Thirds, 36), (Grouped, 24), (Other, 36), (Gated, None)])
+def test_fused_weights_are_the_matrices_that_the_trees_code_cuts(kind, rows):
+    module = kind() if rows is None else kind(rows)
+    mark_matrices(torch.nn.ModuleDict({"layer": module}), Namespace(swiglu=True))
+    (p,) = module.parameters()
+    x = torch.randn(5, 8)
+    ours = [x @ matrix.of(p.detach().view(-1)).reshape(matrix.shape).T for matrix in piece_of(p).matrices()]
+    for got, wanted in zip(ours, module(x), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_plain_mlp_is_one_matrix():
+    module = Gated()
+    mark_matrices(module, Namespace(swiglu=False))
+    assert len(piece_of(module.dense_h_to_4h.weight).matrices()) == 1
+
+
 FLAGS = {"lr": LR, "weight_decay": DECAY, "seq_length": SEQUENCE, "rank": 1, "consumed_train_tokens": 0}
 
 
@@ -201,6 +305,7 @@ def judge(ds_config, **flags):
         ({"enable_zbh1_pipeline": True}, {}, "--enable-zbh1-pipeline: that is another schedule"),
         ({"num_experts": [1, 4]}, {}, "--num-experts 1 4: experts have replicas of their own"),
         ({}, {"lr": 2e-3}, r"optimizer.params.lr is 0.002, but --lr 0.001 is what Megatron's schedule sets"),
+        ({"lr": 3e-3}, {"lr": 2e-3}, r"optimizer.params.lr is 0.002, but --lr 0.003 is"),
         ({}, {"weight_decay": 0.0}, r"optimizer.params.weight_decay is 0.0, but --weight-decay 0.1"),
     ],
 )

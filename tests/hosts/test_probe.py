@@ -22,10 +22,12 @@ EXPRESSIONS = {
     "module": (
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
+        *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
         *("seam.py host_config", "seam.py kwargs['config_class']"),
+        "muon_section.py host_config",
     ),
     "optimizer": (
         *("engine.py self.optimizer", "work.py self._engine.optimizer", "assembly.py engine.optimizer"),
@@ -55,11 +57,14 @@ FURTHER_IN = {
     "work.py self._engine.fwd_outputs": "a list",
     "seam.py host_config.bfloat16_config": "pydantic fields, read as they are",
     "seam.py host_config.float16_config": "pydantic fields, read as they are",
+    "muon_section.py host_config._param_dict['optimizer']": "a dict",
     "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
     "update.py self._update": "ours",
 }
 OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "__init__")
-TORCHS = {"module": {"train", "training", "parameters"}}
+TORCHS = {
+    "module": {"train", "training", "parameters", "named_parameters", "named_modules", "get_submodule"},
+}
 OF_PROTOCOLS = {"engine": {"_exec_schedule"}, "scaler": {"dynamic", "update_scale"}}
 """`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler."""
 

@@ -77,14 +77,17 @@ def train(rank, run, calls):
 def simulate(rank, run, calls):
     """The same run in the delay simulator: (micro-batch losses, final weights of every stage)."""
     from noflush.launch.arguments.pipelining import schedule_of as pipeline_schedule
+    from noflush.launch.gpt.matrices import mark_matrices
     from noflush.launch.gpt.pipeline import layer_specs, next_token_loss
     from noflush.launch.training.learning_rate import rates_of
     from noflush.launch.training.start import join
-    from noflush.methods import DelayAwareNAdamW
+    from noflush.methods.table import load
     from noflush.simulate import DelaySimulator
 
     join(dataclasses.replace(run.ranks, world=1, tensor=1, pipeline=1))
     layers = [spec.build() for spec in layer_specs(run.model, run.steps.seed)]
+    for layer in layers:
+        mark_matrices(layer, run.model, 1, run.optimizer.split_qkv)
     stages = run.ranks.pipeline
     per_stage = run.model.layers // stages
     parts = [layers[1 + s * per_stage : 1 + (s + 1) * per_stage] for s in range(stages)]
@@ -96,8 +99,8 @@ def simulate(rank, run, calls):
             {"params": [p for p in params if p.dim() > 1], "wd_mult": 1.0},
             {"params": [p for p in params if p.dim() == 1], "wd_mult": 0.0, "weight_decay": 0.0},
         ]
-        decay = run.optimizer.weight_decay[0]
-        return DelayAwareNAdamW(groups, lr=run.optimizer.lr, betas=(0.99, 0.999), weight_decay=decay)
+        section = run.deepspeed["optimizer"]
+        return load(section["type"])([group for group in groups if group["params"]], **section["params"])
 
     class Scheduler:
         def __init__(self, optimizer):
@@ -118,4 +121,5 @@ def simulate(rank, run, calls):
     for start in range(0, len(tokens), run.batch.micro):
         end = start + run.batch.micro
         losses.append(simulator.train_micro_batch(*micro_batch(tokens[start:end], labels[start:end])).item())
+    simulator.drain()
     return losses, [list(simulator.parameters(s).values()) for s in range(stages)]

@@ -92,7 +92,8 @@ def test_what_is_taken_as_it_stands_is_a_setting():
 def test_what_takes_effect_is_read():
     """As it stands, or by the code that understands it."""
     folder = LAUNCH / "arguments"
-    files = [*folder.glob("of_*.py"), folder / "understand.py", folder / "deepspeed_config.py"]
+    others = ("understand.py", "deepspeed_config.py", "optimizer_section.py")
+    files = [*folder.glob("of_*.py"), *(folder / name for name in others)]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     read_as = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     read_as |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -163,6 +164,11 @@ def test_every_option_parses():
         ("--lr-decay-samples 100", "optimizer.decay_samples", 100),
         ("--weight-decay 0.3", "optimizer.weight_decay", (0.3, 0.3)),
         ("--adam-beta2 0.9", "optimizer.betas", (0.9, 0.9)),
+        ("--optimizer soap", "deepspeed.optimizer.type", "DelayAwareSOAP"),
+        ("--optimizer muon", "deepspeed.optimizer.params.extra_scale_factor", 1.0),
+        ("--optimizer muon --muon-momentum 0.8", "deepspeed.optimizer.params.momentum", 0.8),
+        ("--optimizer muon --muon-nesterov", "deepspeed.optimizer.params.nesterov", True),
+        ("--optimizer muon --muon-no-split-qkv", "optimizer.split_qkv", False),
         ("--clip-grad 0.5", "deepspeed.gradient_clipping", 0.5),
         ("--bf16", "deepspeed.bf16.enabled", True),
         ("--bf16 --accumulate-allreduce-grads-in-fp32", "deepspeed.zero_optimization.stage", 1),

@@ -17,6 +17,7 @@ from noflush.launch.convert.folder import write_folder
 from noflush.launch.convert.hugging_face import to_hugging_face
 from noflush.launch.convert.state_dict import write_checkpoint
 from tests.launch.models import MODELS, weights
+from tests.launch.runs import write_config
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -147,15 +148,22 @@ def _go_on(rank, argv):
     return held_out, float(engine.train_batch(data_iter=_batches(9)))
 
 
-def test_a_run_goes_out_and_comes_back(tmp_path):
+AHEAD = {"optimizer": {"type": "DelayAwareMuon", "params": {"look_ahead": 0.5}}, "async_pipeline": {}}
+
+
+@pytest.mark.parametrize("config", [None, AHEAD], ids=["adam", "muon with a look-ahead"])
+def test_a_run_goes_out_and_comes_back(config, tmp_path):
     """TP 2 x PP 2 trains; its export has the loss it evaluated; PP 2 goes on from that import at that very loss.
 
     Of 96 rows 91 are token ids: in the run five random ones are padding, in its export and import there are none.
+    Forwards that look ahead compute with other weights; what is saved, exported and evaluated are the true ones.
     """
     from transformers import AutoModelForCausalLM
 
     run, exported, imported = (str(tmp_path / name) for name in ("run", "hf", "im"))
     split = ["--tensor-model-parallel-size", "2", "--save", run]
+    if config is not None:
+        split += ["--deepspeed_config", str(write_config(tmp_path / "ds_config.json", config))]
     before, after = run_ranks(_train, 4, timeout=120, argv=[*MODEL.split(), *TRAINING.split(), *split])[-1]
     assert abs(before - after) > 0.01  # the checkpoint is not the start
 

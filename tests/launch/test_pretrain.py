@@ -96,6 +96,27 @@ def test_real_data_evaluation_monitors_and_resuming_at_the_sample(corpus, tmp_pa
     assert re.findall(r"validation loss at iteration (\d+) \| lm loss value: (\S+)", resumed.text(-1)) == validated[1:]
 
 
+MUON = "--optimizer muon --muon-use-nesterov --muon-extra-scale-factor 0.2"
+AHEAD = {"type": "DelayAwareMuon", "params": {"look_ahead": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("more", "section"),
+    [(MUON, None), ("", AHEAD), ("--bf16 --swiglu", AHEAD), ("--optimizer soap", None)],
+    ids=["muon", "muon with a look-ahead", "bf16", "soap"],
+)
+def test_a_rule_of_matrices_resumes_where_it_stopped(more, section, tmp_path):
+    """As never having stopped: momentum and bases are there, and a look-ahead starts from the true weights."""
+    config = {"async_pipeline": {"enabled": True}} | ({} if section is None else {"optimizer": section})
+    save, common = tmp_path / "save", f"--mock-data --pipeline-model-parallel-size 2 --train-iters 10 {more}"
+    whole = Run(arguments(tmp_path, f"{common} --save {save} --save-interval 6", config), 2, tmp_path, "whole")
+    losses = finish(whole)
+    assert sorted(losses) == list(range(1, 11))
+    assert "DelayAware" in whole.text(0) or section
+    again = f"{common} --load {save} --ckpt-step 6"
+    assert finish(Run(arguments(tmp_path, again, config), 2, tmp_path, "again")) == {n: losses[n] for n in range(7, 11)}
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_signal_to_one_rank_saves_and_ends_all_at_the_same_iteration(victim, tmp_path):
     save = tmp_path / "save"

@@ -117,7 +117,11 @@ WRONG = {
         "--initial-loss-scale 1e300 --fp16",
         r"--initial-loss-scale is 1e\+300: it must be at most",
     ),
-    "optimizer": ("--optimizer muon", '--optimizer muon: use adam or sgd, or an "optimizer" section'),
+    "optimizer": ("--optimizer lion", '--optimizer lion: use adam, sgd, muon, dist_muon or soap, or an "optimizer"'),
+    "Muon's momentum": (
+        "--optimizer muon --muon-momentum 1",
+        "--muon-momentum is 1.0: it must be at least 0 and below 1",
+    ),
     "log interval": ("--log-interval 0", "--log-interval is 0: it must be 1 or more"),
     "recompute method": ("--recompute-method block", "--recompute-method block without --recompute-granularity full"),
     "exit signal": (

@@ -15,26 +15,34 @@ from tests.multiproc.ranks import run_ranks
 pytestmark = pytest.mark.multiproc
 
 
+MUON = {"type": "DelayAwareMuon", "params": {"look_ahead": 0.5}}
+MUON_OF_DEEPSPEED = {"type": "Muon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
+SOAP = {"type": "DelayAwareSOAP", "params": {"look_ahead": 0.5, "refresh_every": 3}}
 WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 20}}}
 
 
-def train_save_and_go_on(rank, folder, stages, gas):
-    engine = t.build(stages, t.ds_config(gas, block={}, **WARM_UP))
+def evaluated(engine):
+    return engine.eval_batch(iter(t.data(4, seed=5)), num_micro_batches=4).item()
+
+
+def train_save_and_go_on(rank, folder, stages, gas, optimizer):
+    engine = t.build(stages, t.ds_config(gas, optimizer, {}, **WARM_UP))
     it = iter(t.data(gas * 8))
     for call in range(8):
         engine.train_batch(it)
         if call == 3:
             engine.save_checkpoint(folder)
+            saved = evaluated(engine)
     engine.drain()
     weights = [p.detach().clone() for p in engine.module.parameters()]
     files = {f.name: f.stat().st_size for f in Path(folder).rglob("layer_*.pt")}
-    return weights, engine.global_steps, engine.global_samples, engine.updates, files
+    return weights, engine.global_steps, engine.global_samples, engine.updates, files, saved
 
 
-def resume(rank, folder, stages, gas):
+def resume(rank, folder, stages, gas, optimizer):
     from noflush.stage.intake import DataExhausted
 
-    engine = t.build(stages, t.ds_config(gas, block={}, **WARM_UP))
+    engine = t.build(stages, t.ds_config(gas, optimizer, {}, **WARM_UP))
     noise = iter(t.data(3 * gas, seed=77))
     for _ in range(3):
         engine.train_batch(noise)  # loading with micro-batches in flight forgets them
@@ -52,7 +60,8 @@ def resume(rank, folder, stages, gas):
     return weights, engine.global_steps, engine.global_samples, engine.updates, engine.loss_step
 
 
-def load_in_stock(rank, folder):
+def load_in_stock(rank, folder, optimizer):
+    """Losses of stock and of noflush with the checkpoint's weights; a stock NAdam takes NAdamW's state too."""
     import deepspeed
 
     nadam = {
@@ -62,29 +71,44 @@ def load_in_stock(rank, folder):
     stock = t.build(2, t.ds_config(1, nadam))
     assert type(stock).__name__ == "PipelineEngine"
     assert isinstance(stock, deepspeed.PipelineEngine)
-    stock.load_checkpoint(folder)
-    ours = t.build(2, t.ds_config(1, block={}))
+    alike = optimizer == t.NADAMW
+    stock.load_checkpoint(folder, load_optimizer_states=alike, load_module_only=not alike)
+    ours = t.build(2, t.ds_config(1, optimizer, {}))
     assert isinstance(ours, deepspeed.PipelineEngine)
     assert issubclass(type(ours), deepspeed.PipelineEngine)
     ours.load_checkpoint(folder)
-    losses = [e.eval_batch(iter(t.data(4, seed=5)), num_micro_batches=4).item() for e in (stock, ours)]
+    losses = [evaluated(engine) for engine in (stock, ours)]
     stock.train_batch(iter(t.data(1)))
     return losses, stock.global_steps
 
 
-@pytest.mark.parametrize(("stages", "gas"), [(2, 1), (2, 2), (4, 2)])
-def test_resume_is_a_run_that_drained_there(tmp_path, stages, gas):
-    whole = run_ranks(train_save_and_go_on, stages, folder=str(tmp_path), stages=stages, gas=gas)
-    resumed = run_ranks(resume, stages, folder=str(tmp_path), stages=stages, gas=gas)
-    for (weights, *counts, files), (again, *counts_again, loss_step) in zip(whole, resumed, strict=True):
+@pytest.mark.parametrize(
+    ("stages", "gas", "optimizer"),
+    [
+        (2, 1, t.NADAMW),
+        (2, 2, t.NADAMW),
+        (4, 2, t.NADAMW),
+        (2, 1, MUON),
+        (4, 1, MUON),
+        (2, 2, MUON_OF_DEEPSPEED),
+        (2, 1, SOAP),
+    ],
+    ids=lambda value: value["type"] if isinstance(value, dict) else str(value),
+)
+def test_resume_is_a_run_that_drained_there(tmp_path, stages, gas, optimizer):
+    """What is saved are the true weights, with which evaluation computes too, whatever forwards look ahead at."""
+    more = {"folder": str(tmp_path), "stages": stages, "gas": gas, "optimizer": optimizer}
+    whole = run_ranks(train_save_and_go_on, stages, **more)
+    resumed = run_ranks(resume, stages, **more)
+    for (weights, *counts, files, _), (again, *counts_again, loss_step) in zip(whole, resumed, strict=True):
         assert counts == counts_again == [8, 8 * 3 * gas, 8]
         assert loss_step == 8
         assert all(torch.equal(a, b) for a, b in zip(weights, again, strict=True))
         assert max(files.values()) < 40_000  # a layer's file holds the layer, not the flat storage of the stage
     if (stages, gas) == (2, 1):
-        for losses, steps in run_ranks(load_in_stock, 2, folder=str(tmp_path)):
-            assert losses[0] == losses[1]
-            assert steps == 5
+        for losses, steps in run_ranks(load_in_stock, 2, folder=str(tmp_path), optimizer=optimizer):
+            assert losses == [whole[0][-1]] * 2
+            assert steps == (5 if optimizer == t.NADAMW else 1)
 
 
 def interval_of_a_drain(rank):

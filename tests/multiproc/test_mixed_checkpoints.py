@@ -18,6 +18,8 @@ ZERO = {"zero_optimization": {"stage": 1}}
 BF16 = {"bf16": {"enabled": True}}
 NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9}}
 SMALL = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "moments": "bf16"}}
+MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
+SOAP = {"type": "DelayAwareSOAP", "params": {"lr": 3e-3, "refresh_every": 3, "look_ahead": 0.5}}
 # Overflows until the save at call 5 and beyond, and grows soon.
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "loss_scale_window": 4, "hysteresis": 1}}
 CASES = {
@@ -30,6 +32,12 @@ CASES = {
     "bf16 moments": (SMALL, BF16),
     "fp16": (t.NADAMW, FP16 | ZERO),
     "fp16, DeepSpeed's AdamW": (t.ADAMW, FP16 | ZERO),
+    "float32 ZeRO-1, Muon": (MUON, ZERO),
+    "bf16, Muon": (MUON, BF16),
+    "bf16 ZeRO-1, Muon": (MUON, BF16 | ZERO),
+    "bf16 ZeRO-1, fp32 sums, Muon": (MUON, BF16 | ZERO | {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "fp16, Muon": (MUON, FP16 | ZERO),
+    "bf16 ZeRO-1, SOAP": (SOAP, BF16 | ZERO),
 }
 
 
@@ -86,8 +94,8 @@ def load_in_stock(rank, folder):
         config, where = config_of(name, folder)
         stock, ours = t.build(2, t.ds_config(1, t.ADAMW, **more)), t.build(2, config)
         # A stock AdamW takes noflush's moments too.
-        # (NAG's state is no AdamW's; and bf16 without ZeRO DeepSpeed 0.19.8 saves but cannot load.)
-        takes_state = "NAG" not in name and "zero_optimization" in more
+        # (Other rules' state is no AdamW's; and bf16 without ZeRO DeepSpeed 0.19.8 saves but cannot load.)
+        takes_state = not any(rule in name for rule in ("NAG", "Muon", "SOAP")) and "zero_optimization" in more
         stock.load_checkpoint(where, load_optimizer_states=takes_state, load_module_only=not takes_state)
         ours.load_checkpoint(where)
         losses[name] = [e.eval_batch(iter(t.data(2, seed=5)), num_micro_batches=2).item() for e in (stock, ours)]

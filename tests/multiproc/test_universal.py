@@ -12,7 +12,7 @@ import torch
 
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
-from tests.multiproc.test_mixed_checkpoints import BF16, NAG, ZERO
+from tests.multiproc.test_mixed_checkpoints import BF16, MUON, NAG, SOAP, ZERO
 
 pytestmark = pytest.mark.multiproc
 
@@ -26,6 +26,7 @@ CONVERTIBLE = {
     "bf16 ZeRO-1": (t.NADAMW, BF16 | ZERO),
     "bf16 ZeRO-1, fp32 sums": (t.NADAMW, BF16 | ZERO | {"data_types": {"grad_accum_dtype": "fp32"}}),
     "AdamW": ({"type": "PipeDreamAdamW", "params": {"lr": 3e-3}}, ZERO),
+    "bf16 ZeRO-1, look-ahead": ({**t.NADAMW, "params": {**t.NADAMW["params"], "look_ahead": 0.5}}, BF16 | ZERO),
     "constant mu": ({**t.NADAMW, "params": {**t.NADAMW["params"], "momentum_schedule": "constant"}}, ZERO),
 }
 # What the converter cannot read, and why: stock DeepSpeed's checkpoints of the same kind neither.
@@ -33,8 +34,9 @@ NOT_CONVERTIBLE = {
     "float32": (t.NADAMW, {}, "can't find *_optim_states.pt"),
     "bf16": (t.NADAMW, BF16, "param_shapes must contain dictionaries"),
     "NAG": (NAG, ZERO, "KeyError: 'exp_avg'"),
+    "Muon": (MUON, BF16 | ZERO, "KeyError: 'exp_avg'"),
 }
-CASES = CONVERTIBLE | {name: case[:2] for name, case in NOT_CONVERTIBLE.items()}
+CASES = CONVERTIBLE | {name: case[:2] for name, case in NOT_CONVERTIBLE.items()} | {"SOAP": (SOAP, ZERO)}
 
 
 def _outcome(engine, losses):
@@ -89,7 +91,7 @@ def _convert(folder, name):
 @pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_universal_checkpoint_goes_on_as_if_never_stopped(replicas, tmp_path):
     """Bit for bit: the converter drops the product of NAdam's mu, which must not begin anew."""
-    names = list(CONVERTIBLE) if replicas > 1 else ["float32 ZeRO-1", "bf16 ZeRO-1"]
+    names = list(CONVERTIBLE) if replicas > 1 else ["float32 ZeRO-1", "bf16 ZeRO-1", "bf16 ZeRO-1, look-ahead"]
     whole = run_ranks(_save_and_go_on, 2 * replicas, timeout=200, folder=str(tmp_path), names=names)
     for name in names:
         done = _convert(tmp_path, name)
@@ -106,11 +108,14 @@ def _refused(rank, folder):
     engine = t.build(2, t.ds_config(1, NAG, {}, checkpoint={"load_universal": True}, **ZERO))
     with pytest.raises(ValueError, match=r"lacks weight, which DelayAwareNAG cannot go on without") as error:
         engine.load_checkpoint(f"{folder}/float32 ZeRO-1")
+    soap = t.build(2, t.ds_config(1, SOAP, {}, checkpoint={"load_universal": True}, **ZERO))
+    with pytest.raises(ValueError, match=r"lacks col_basis, col_covariance, row_basis, row_covariance, which Del"):
+        soap.load_checkpoint(f"{folder}/SOAP")
     return str(error.value)
 
 
 def test_what_the_tools_cannot_read_they_refuse_and_what_they_drop_is_refused(tmp_path):
-    run_ranks(_save_and_go_on, 2, timeout=200, folder=str(tmp_path), names=[*NOT_CONVERTIBLE, "float32 ZeRO-1"])
+    run_ranks(_save_and_go_on, 2, timeout=200, folder=str(tmp_path), names=[*NOT_CONVERTIBLE, "float32 ZeRO-1", "SOAP"])
     for name, (_, _, said) in NOT_CONVERTIBLE.items():
         done = _convert(tmp_path, name)
         assert done.returncode != 0, name
@@ -119,8 +124,9 @@ def test_what_the_tools_cannot_read_they_refuse_and_what_they_drop_is_refused(tm
     done = _run(TO_FP32, tmp_path / "float32 ZeRO-1", tmp_path / "fp32")
     assert done.returncode != 0
     assert "'NoneType' object has no attribute 'items'" in done.stderr
-    done = _convert(tmp_path, "float32 ZeRO-1")
-    assert done.returncode == 0, done.stderr
+    for name in ("float32 ZeRO-1", "SOAP"):
+        done = _convert(tmp_path, name)
+        assert done.returncode == 0, done.stderr
     for said in run_ranks(_refused, 2, folder=str(tmp_path)):
         assert "exp_avg, exp_avg_sq" in said
 

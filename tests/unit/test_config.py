@@ -58,6 +58,13 @@ def test_offloading_to_no_device_is_no_offloading():
     assert check_config(GOOD | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}})
 
 
+@pytest.mark.parametrize("more", [{}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}])
+def test_deepspeeds_muon_is_taken_in_every_precision_and_by_every_kernel(more):
+    params = {"lr": 0.02, "momentum": 0.9, "ns_method": "standard", "adam_lr": 1e-3, "look_ahead": 0.5}
+    named = with_block(kernel="compile") | {"optimizer": {"type": "MUON", "params": params}} | more
+    assert check_run(named, FACTS)
+
+
 def test_a_clients_optimizer_is_not_judged_by_the_section_it_replaces():
     named = with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}
     assert check_run(named, RunFacts(stages=2, layers=4, client_optimizer=True))
@@ -143,7 +150,12 @@ WRONG = {
     "unmanaged accumulation": (GOOD | {"managed_gradient_accumulation": False}, FACTS, "managed_gradient_accumulation"),
     "LBFGS": (GOOD | {"optimizer": {"type": "LBFGS"}}, FACTS, "'LBFGS': it evaluates the loss several times"),
     "sparse gradients alone": (GOOD | {"optimizer": {"type": "SparseAdam"}}, FACTS, "'SparseAdam': it takes sparse gradients alone"),
-    "Muon on ZeRO's shards": (GOOD | {"optimizer": {"type": "muon"}, "zero_optimization": {"stage": 1}}, FACTS, "'muon': DeepSpeed's ZeRO-1 moves its momentum"),
+    "Muon with a key that nobody has": (GOOD | {"optimizer": {"type": "Muon", "params": {"beta": 0.9}}}, FACTS, "optimizer.params of Muon: beta is not a parameter of it: they are lr, momentum"),
+    "Muon with a momentum of 1": (GOOD | {"optimizer": {"type": "muon", "params": {"momentum": 1.0}}}, FACTS, r"of muon: momentum is 1.0: it must be in \[0, 1\)"),
+    "Muon with a rate below 0": (GOOD | {"optimizer": {"type": "Muon", "params": {"muon_lr": -1}}}, FACTS, "of Muon: muon_lr is -1: it must be a finite number, 0 or more"),
+    "Muon by no method": (GOOD | {"optimizer": {"type": "Muon", "params": {"ns_method": "svd"}}}, FACTS, "ns_method is 'svd': it must be gram or standard"),
+    "Muon with Adam's L2": (GOOD | {"optimizer": {"type": "Muon", "params": {"adam_w_mode": False}}}, FACTS, "adam_w_mode is false: weight decay is decoupled here"),
+    "Muon with no object": (GOOD | {"optimizer": {"type": "Muon", "params": [1]}}, FACTS, r"optimizer.params is \[1\]: it must be a JSON object"),
     "Adafactor on bf16's flat tensors": (GOOD | {"optimizer": {"type": "Adafactor"}, "bf16": {"enabled": True}}, FACTS, "'Adafactor': it treats each matrix as a whole, and DeepSpeed's bf16"),
     "Lamb on ZeRO's shards": (GOOD | {"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": 1}}, FACTS, "'Lamb': it treats each matrix as a whole"),
     "no optimizer": ({k: v for k, v in GOOD.items() if k != "optimizer"}, FACTS, "no optimizer"),

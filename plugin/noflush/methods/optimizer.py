@@ -107,8 +107,10 @@ class DelayAwareOptimizer(Optimizer):
             # Hosts copy into it what a checkpoint has, and leave it as it is where that has none.
             flat.clock[1] = 1.0
         for group in self.param_groups:
-            if self.method_of_group(group).fresh is not None:
-                # The drift from the old weights to the new ones is no momentum: starts from the new ones.
+            method = self.method_of_group(group)
+            if method.fresh is not None or not _MOMENTS.issuperset(method.row.state):
+                # The drift from the old weights to the new ones is no momentum: starts from the new ones. And tools
+                # that rewrite checkpoints keep the two moments alone: what they have dropped must be missing.
                 for p in group["params"]:
                     self.state.pop(p, None)
 
