@@ -102,7 +102,7 @@ def _of_arguments(of: Found, ds: Mapping[str, Any], optimizer: Optimizer) -> dic
     if schedule == "1f1b_no_flush":
         of.notes.append(
             "training with Adam, as --optimizer says. For the delay-aware method add to the DeepSpeed config: "
-            f'"optimizer": {{"type": "{next(iter(METHODS))}", "params": {{"betas": [0.99, 0.999]}}}}'
+            '"optimizer": {"type": "DelayAwareMuon", "params": {"look_ahead": 0.9}}'
         )
     return {"type": "PipeDreamAdamW", "params": {**rates, **adams}}
 
