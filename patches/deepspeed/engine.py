@@ -100,6 +100,9 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
                 f"lag by stage {[schedule.lag(s) for s in range(schedule.stages)]}, "
                 f"weight versions by stage {[schedule.versions_alive(s) for s in range(schedule.stages)]}"
             )
+            rule = self._nf_stage.weights.rule
+            if isinstance(rule, DelayAwareOptimizer):
+                _say(f"noflush: {rule.about([schedule.mean_delay(s) for s in range(schedule.stages)])}")
 
     def _nf_slices(self) -> Slices:
         grid = self.grid

@@ -215,3 +215,10 @@ def test_operations_are_the_formulas():
     assert gram_newton_schulz(m, n) == 2 * m * m * n + 5 * 2 * m**3 + 4 * 6 * m**3 + 2 * m * m * n
     assert gram_newton_schulz(m, 2 * m) < newton_schulz(m, 2 * m)
     assert gram_newton_schulz(m, m) > newton_schulz(m, m)
+
+
+def test_what_it_says_of_itself():
+    optimizer = DelayAwareMuon(weights([(4, 4), (4, 6), (4,)]), look_ahead=0.5)
+    said = "DelayAwareMuon on 2 parameters of this stage, PipeDreamAdamW on 1 parameters of this stage"
+    assert optimizer.about([0.0, 0.0]) == said
+    assert optimizer.about([2.0, 1.0, 0.0]) == f"{said}, looking ahead by stage [0.75, 0.5, 0.0] updates"

@@ -96,6 +96,19 @@ class DelayAwareOptimizer(Optimizer):
         name = group.get("method", self.METHOD.name)
         return self.METHOD if name == self.METHOD.name else method_of(name)
 
+    def about(self, delays: Sequence[float]) -> str:
+        """Its methods in words, with how many parameters each has, and how far each stage looks ahead.
+
+        ``delays``: of the stages, in updates.
+        """
+        counts: dict[str, int] = {}
+        for group in self.param_groups:
+            name = self.method_of_group(group).name
+            counts[name] = counts.get(name, 0) + len(group["params"])
+        said = ", ".join(f"{name} on {count} parameters of this stage" for name, count in counts.items())
+        ahead = [round(max(look_ahead.steps(group, d) for group in self.param_groups), 2) for d in delays]
+        return f"{said}, looking ahead by stage {ahead} updates" if any(ahead) else said
+
     def set_stage(self, place: Place) -> None:
         """Tells the methods where they work."""
         self.place = place
