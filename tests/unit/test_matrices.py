@@ -219,6 +219,6 @@ def test_operations_are_the_formulas():
 
 def test_what_it_says_of_itself():
     optimizer = DelayAwareMuon(weights([(4, 4), (4, 6), (4,)]), look_ahead=0.5)
-    said = "DelayAwareMuon on 2 parameters of this stage, PipeDreamAdamW on 1 parameters of this stage"
+    said = "DelayAwareMuon on 2 parameters here, PipeDreamAdamW on 1 parameters here"
     assert optimizer.about([0.0, 0.0]) == said
     assert optimizer.about([2.0, 1.0, 0.0]) == f"{said}, looking ahead by stage [0.75, 0.5, 0.0] updates"

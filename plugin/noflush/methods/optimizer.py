@@ -97,15 +97,20 @@ class DelayAwareOptimizer(Optimizer):
         return self.METHOD if name == self.METHOD.name else method_of(name)
 
     def about(self, delays: Sequence[float]) -> str:
-        """Its methods in words, with how many parameters each has, and how far each stage looks ahead.
+        """Its methods in words, with how many parameters each updates here, and how far each stage looks ahead.
 
         ``delays``: of the stages, in updates.
         """
         counts: dict[str, int] = {}
-        for group in self.param_groups:
-            name = self.method_of_group(group).name
-            counts[name] = counts.get(name, 0) + len(group["params"])
-        said = ", ".join(f"{name} on {count} parameters of this stage" for name, count in counts.items())
+        if self._flat:
+            for flat in self._flat:
+                name, where = flat.method.name, flat.where
+                counts[name] = counts.get(name, 0) + len(where.params if where.pieces is None else where.pieces)
+        else:
+            for group in self.param_groups:
+                name = self.method_of_group(group).name
+                counts[name] = counts.get(name, 0) + len(group["params"])
+        said = ", ".join(f"{name} on {count} parameters here" for name, count in counts.items())
         ahead = [round(max(look_ahead.steps(group, d) for group in self.param_groups), 2) for d in delays]
         return f"{said}, looking ahead by stage {ahead} updates" if any(ahead) else said
 
