@@ -202,7 +202,7 @@ class Neighbours:
     """Every channel of one stage; None where there is no neighbour.
 
     ``watched``: whom `PeerWatch` watches, by gloo groups of its own: the neighbours, and those next in the row of ranks
-    that share the stage. None over gloo, which needs no watch.
+    that share the stage. None over gloo, which needs no watch. ``attention``: what this rank waits for.
     """
 
     activations_out: Outbox | None = None
@@ -212,6 +212,7 @@ class Neighbours:
     control_out: ControlOut | None = None
     control_in: ControlIn | None = None
     watched: tuple[Peer, ...] = ()
+    attention: Attention | None = None
 
     @property
     def open_sends(self) -> int:
@@ -252,6 +253,7 @@ def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device,
     """
     neighbours, over_gloo = Neighbours(), dist.get_backend() == "gloo"
     patience, attention = timedelta(seconds=timeout_s), Attention(timeout_s)
+    neighbours.attention = attention
     far = partial(Peer, own_rank=rank, timeout_s=timeout_s, attention=attention)
     with without_splits():
         for ranks in pipelines:

@@ -15,12 +15,16 @@ from noflush.failure.last_words import PeerError
 
 
 class Attention:
-    """How long this rank has not listened to its neighbours, which wait ``timeout_s`` for it."""
+    """How long this rank has not listened to its neighbours, which wait ``timeout_s`` for it.
+
+    ``waiting``: what it is waiting for, and since when (`time.monotonic`); None if for nothing.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._last = time.monotonic()
         self._away = self._back = -math.inf
+        self.waiting: tuple[str, float] | None = None
 
     def turn(self) -> float:
         """A wait begins; returns the time."""
@@ -57,6 +61,7 @@ class Peer:
 def wait_for(work: dist.Work, peer: Peer, what: str) -> None:
     """Waits until ``work`` is done; on an accelerator has the stream wait. Raises PeerError, which names ``what``."""
     start = peer.attention.turn()
+    peer.attention.waiting = f"{what} stage {peer.stage} (rank {peer.rank})", start
     try:
         if dist.get_backend(peer.group) == "gloo":
             work.wait(timedelta(seconds=peer.timeout_s))
@@ -64,6 +69,8 @@ def wait_for(work: dist.Work, peer: Peer, what: str) -> None:
             work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
     except RuntimeError as error:
         raise lost(peer, what, error, start) from error
+    finally:
+        peer.attention.waiting = None
     peer.attention.met()
 
 

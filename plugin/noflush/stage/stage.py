@@ -30,6 +30,7 @@ from noflush.order.schedule import Schedule
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
 from noflush.stage.intake import Intake
+from noflush.stage.late_notice import LateNotice
 from noflush.stage.loss_scale import TravellingScale
 from noflush.stage.messages import BatchReports, Payload, ReportLayout, StageFigures, TensorSpec
 from noflush.stage.payloads import check_batch
@@ -162,6 +163,9 @@ class Stage:
         )
         last_words.attend(ranks.rank, ranks.world, ranks.name)
         neighbours = connect(ranks.pipelines if ranks.stages > 1 else [], ranks.rank, device, options.peer_timeout_s)
+        if neighbours.attention is not None:
+            own = f"stage {self.stage} (rank {ranks.rank})"
+            LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
         self._intake = self._make_intake(neighbours)
         self.runner = StageRunner(
             schedule,
