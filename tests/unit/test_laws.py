@@ -111,7 +111,7 @@ OTHERS = (
     *("torch", "os", "sys", "atexit", "multiprocessing", "distributed_c10d", "DeepSpeedEngine"),
     *("Campaign", "function", "generating"),
 )
-"""Whose private names a test may use: torch's, Python's and DeepSpeed's, where nothing public tells the same; its own."""
+"""Whose private names a test may use: where nothing public tells the same torch's, Python's, DeepSpeed's; its own."""
 
 
 def test_no_test_reaches_into_private_attributes():
