@@ -99,13 +99,15 @@ def notes(rows: Sequence[Row], iterations: int, seconds: float | None, place: st
         )
     kinds: dict[str, list[str]] = {}
     for row in rows:
-        said = f"*best of {', '.join(f'{lr:g}' for lr in row.tuned_over)} by a tenth of the training each"
-        kinds.setdefault(said if row.tuned_over else _origin(row), []).append(row.contestant.name)
+        kinds.setdefault(_origin(row), []).append(row.contestant.name)
     lines += [f"learning rate of {', '.join(names)}: {said}" for said, names in kinds.items()]
     return lines + [f"{row.contestant.name} failed: {row.failed}" for row in rows if row.failed]
 
 
 def _origin(row: Row) -> str:
+    if row.tuned_over:
+        edge = "; it is at their edge: try further ones" if row.lr in (row.tuned_over[0], row.tuned_over[-1]) else ""
+        return f"best of {', '.join(f'{lr:g}' for lr in row.tuned_over)} (*), by a tenth of the training each{edge}"
     given = row.lr is not None and row.lr != row.contestant.lr
     return "given by --lr" if given else row.contestant.lr_is
 
