@@ -31,7 +31,12 @@ def test_a_warned_job_saves_goes_back_and_ends_what_it_began(tmp_path):
         first = logs / "0001-0.log"
         cluster.wait_for(lambda: first.exists() and "by slurm" in first.read_text(), START, "the first slice's ranks")
         cluster.run(["scancel", "--batch", "--signal=USR1", str(job)])
-        cluster.wait_for(lambda: cluster.job(job)["Restarts"] == "1", START, "the job back in the queue")
+
+        def is_back():
+            found = cluster.job(job)
+            return (found["Restarts"], found["JobState"]) == ("1", "PENDING")
+
+        cluster.wait_for(is_back, START, "the job back in the queue")
         assert "stopped at iteration" in first.read_text()
         cluster.requeue_now(job)
         state = cluster.wait_for_end(job, START)
