@@ -133,6 +133,9 @@ class Bench:
             why = f"slice {number} ended with {codes}, no further than iteration {now.reached}: {log.parent}"
             self.aside[run.folder] = why
             console.print(f"{what}: {why}", style="red")
+            failed = "srun" if self.place.slurm else next(rank for rank, code in enumerate(codes) if code)
+            for line in folders.last_lines(log.with_name(folders.log_name(number, failed))):
+                console.print(f"    {line}", markup=False)
         else:
             loss = f", validation loss {now.loss:.4f}" if now.finished else ""
             console.print(f"         reached iteration {now.reached:,} of {run.iterations:,}{loss}{self._left(now)}")

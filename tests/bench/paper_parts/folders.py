@@ -47,6 +47,11 @@ def progress_of_log(path):
     return read([path.read_text(errors="replace")] if path.exists() else [])
 
 
+def last_lines(path):
+    """What a rank said last; nothing if it has no log."""
+    return path.read_text(errors="replace").splitlines()[-6:] if path.exists() else []
+
+
 def standing_of(run, stages):
     """How far it is. Raises FolderError if its checkpoints cannot be gone on from."""
     try:
