@@ -63,10 +63,10 @@ class Place:
             return f"{self.stages} ranks on this machine's CPUs, by gloo"
         if self.way == "devices":
             return f"{self.stages} ranks, a GPU each"
-        shared = (
-            f"{len(self.gpus.partitions)} MIG partitions" if self.way == "partitions" else f"{self.gpus.devices} GPU"
-        )
-        return f"{self.stages} ranks share {shared} (way: {self.way}): losses are right, times are not those of 8 GPUs"
+        if self.way == "partitions":
+            return f"{self.stages} ranks, a MIG partition each: losses are right, times are not those of 8 GPUs"
+        gpus = f"{self.gpus.devices} GPU" + "s" * (self.gpus.devices > 1)
+        return f"{self.stages} ranks share {gpus} (way: {self.way}): losses are right, times are not those of 8 GPUs"
 
     def environment(self, rank, port):
         """Of one of this machine's ranks."""
