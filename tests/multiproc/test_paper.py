@@ -15,7 +15,7 @@ import pytest
 from tests.bench.paper_parts.progress import read
 
 PAPER = Path(__file__).parents[1] / "bench" / "paper.py"
-ITERATIONS = 20
+ITERATIONS = 10
 NAMES = ["pipedream", "muon-latest"]
 
 
@@ -26,7 +26,7 @@ def started(out, *more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
-def ended(process, seconds=150):
+def ended(process, seconds=400):
     try:
         said, _ = process.communicate(timeout=seconds)
     finally:
@@ -41,12 +41,13 @@ def logs(out, name):
 
 @pytest.mark.slow
 @pytest.mark.multiproc
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_stopped_in_the_middle_it_goes_on_to_the_end(tmp_path):
     out = tmp_path / "out"
     process = started(out)
-    until = time.monotonic() + 150
-    while time.monotonic() < until and not any("iteration" in log for log in logs(out, NAMES[1])):
+    until = time.monotonic() + 400
+    # From that line on ranks listen; none has trained yet.
+    while time.monotonic() < until and not any("rank 1 of 2" in log for log in logs(out, NAMES[1])):
         time.sleep(0.2)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
@@ -61,13 +62,14 @@ def test_stopped_in_the_middle_it_goes_on_to_the_end(tmp_path):
     assert status == 0, said
     for name in NAMES:
         texts = logs(out, name)
-        assert sorted(read(texts).validation) == list(range(2, ITERATIONS + 1, 2))
+        assert sorted(read(texts).validation) == list(range(1, ITERATIONS + 1))
         # What a slice saved is gone on from: only the first begins anew.
         assert ["resumed from" in text for text in rank_0(out, name)] == [False, *[True] * (len(texts) - 1)]
+        assert len(texts) == (1 if name == NAMES[0] else 2)
         assert [path.name for path in (out / name).glob("global_step*")] == [f"global_step{ITERATIONS}"]
     written = (out / "results" / "paper.md").read_text()
-    assert "| pipedream | PipeDream: AdamW, stash | 0.0003 | 20 |" in written
-    assert "| muon-latest | Muon looking ahead .9, no stash | 0.0015 | 20 |" in written
+    assert "| pipedream | PipeDream: AdamW, stash | 0.0003 | 10 |" in written
+    assert "| muon-latest | Muon looking ahead .9, no stash | 0.0015 | 10 |" in written
 
     status, said = ended(started(out, "--lr", "muon-latest=1e-3"))
     assert status == 2, said
