@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lint demo test test-all test-slurm faults check bench bench-gpu format clean
+.PHONY: setup lint demo test test-all test-slurm faults check bench bench-gpu paper format clean
 
 setup: $(READY)
 
@@ -64,6 +64,13 @@ bench: setup
 # Everything that needs a GPU, in eight minutes at most; docs/bench-gpu.md says how to read it.
 bench-gpu: setup
 	$(BIN)/python tests/bench/gpu.py --record
+
+# The paper's 134 M setting, in slices that go on where they were stopped: make paper DATA=PREFIX [VALID=PREFIX]
+# [VOCAB=vocab.json MERGES=merges.txt] [OUT=runs/paper] [OPTIONS="--only nadam muon"]. docs/paper.md; GPT-2's vocabulary
+# is the installed one unless it is given, and a tenth of DATA is held out unless VALID is.
+paper: setup
+	$(BIN)/python tests/bench/paper.py $(if $(DATA),--data $(DATA)) $(if $(VALID),--valid-data $(VALID)) \
+		$(if $(VOCAB),--vocab $(VOCAB)) $(if $(MERGES),--merges $(MERGES)) $(if $(OUT),--out $(OUT)) $(OPTIONS)
 
 format: setup
 	$(BIN)/ruff check --fix -q .
