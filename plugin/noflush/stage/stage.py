@@ -388,6 +388,7 @@ class Stage:
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, losses not asked for.
         """
         self.renumber(calls)
+        self.tied.refresh()
         self._intake.clear()
         self.guard.restart(skipped)
         self._learnt.clear()

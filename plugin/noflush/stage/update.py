@@ -119,7 +119,8 @@ class FusedUpdate:
         self._weights.collect_gradients()
         params = [p for layout in self._weights.layouts for p in layout.params]
         number = next(i for i, p in enumerate(params) if p is param)
-        self._weights.gradient_views()[number].add_(gradient)
+        # Some keep them flat.
+        self._weights.gradient_views()[number].view(-1).add_(gradient.reshape(-1))
 
     def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
         """As `StageUpdate.true_weights`; gathers them from the replicas."""
