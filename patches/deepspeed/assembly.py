@@ -11,7 +11,7 @@ from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.kernels.choice import choose
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed.ties import ties_of
+from noflush.patches.deepspeed.ties import Ties, ties_of
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
 from noflush.patches.deepspeed.work import EngineWork
@@ -38,7 +38,9 @@ def make_stage(
     weights = weights_of(engine.optimizer, engine.mpu.get_data_parallel_group(), slices)
     update, named = _make_update(engine, block, weights, schedule.flushes)
     pipe = engine.grid.get_pipe_parallel_group()
-    tied = ties_of(engine.module, pipe) if schedule.stages > 1 and not schedule.flushes else ([], {})
+    tied: Ties = ([], {})
+    if schedule.stages > 1 and not schedule.flushes:
+        tied = ties_of(engine.module, pipe, engine.get_data_types()[1])
     if tied[0] and isinstance(update, WrappedUpdate):
         raise ConfigError(
             [

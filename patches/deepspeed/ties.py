@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from noflush.patches.deepspeed.shared_modules import stage_of
 from noflush.stage.tied import Tie
+
+Ties = tuple[list[Tie], dict[int, Parameter]]
+"""Every tie of the pipeline, and this stage's parameters by number."""
 
 
 def tied_stages(model: Any) -> dict[str, tuple[int, ...]]:
@@ -41,10 +45,11 @@ def borrowed(model: Any) -> list[Parameter]:
     return [weight for (key, _), weight in weights_of(model).items() if stages[key][0] != model.stage_id]
 
 
-def ties_of(model: Any, group: Any) -> tuple[list[Tie], dict[int, Parameter]]:
-    """What `Stage` takes: every tie of the pipeline, and this stage's parameters by number; ``group``: of its ranks.
+def ties_of(model: Any, group: Any, sums: torch.dtype) -> Ties:
+    """What `Stage` takes: every tie of the pipeline, and this stage's parameters by number.
 
-    Collective. Stages that use none must know what travels through them.
+    Collective over ``group``, the pipeline's ranks: stages that use none must know what travels through them.
+    ``sums``: in what gradients are added up.
     """
     stages, mine = tied_stages(model), weights_of(model)
     if not stages:
@@ -52,7 +57,7 @@ def ties_of(model: Any, group: Any) -> tuple[list[Tie], dict[int, Parameter]]:
     told: list[Any] = [None] * model.num_stages
     dist.all_gather_object(told, {of: (tuple(w.shape), w.dtype) for of, w in mine.items()}, group=group)
     known = {of: kind for of_stage in told for of, kind in of_stage.items()}
-    ties = [Tie(f"{key}.{name}", stages[key], *known[key, name]) for key, name in sorted(known)]
+    ties = [Tie(f"{key}.{name}", stages[key], *known[key, name], sums=sums) for key, name in sorted(known)]
     return ties, {number: mine[of] for number, of in enumerate(sorted(known)) if of in mine}
 
 

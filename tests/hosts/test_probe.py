@@ -22,6 +22,7 @@ EXPRESSIONS = {
     "module": (
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
+        "ties.py model",
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -32,7 +33,7 @@ EXPRESSIONS = {
         *("update.py optimizer", "weights.py optimizer", "weights.py self.optimizer"),
     ),
     "scaler": ("update.py optimizer.loss_scaler",),
-    "tied": ("seam.py spec",),
+    "tied": ("seam.py spec", "ties.py spec"),
 }  # fmt: skip
 OWNERS = {
     "engine": [probe.ENGINE],
@@ -57,9 +58,10 @@ FURTHER_IN = {
     "seam.py host_config.float16_config": "pydantic fields, read as they are",
     "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
     "update.py self._update": "ours",
+    "ties.py optimizer": "a script's own, of torch's class",
 }
 OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "__init__")
-TORCHS = {"module": {"train", "training", "parameters"}}
+TORCHS = {"module": {"train", "training", "parameters", "named_modules"}}
 OF_PROTOCOLS = {"engine": {"_exec_schedule"}, "scaler": {"dynamic", "update_scale"}}
 """`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler."""
 

@@ -22,6 +22,8 @@ NADAMW = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "weight_decay": 0.0
 MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.9}}
 BF16 = {"bf16": {"enabled": True}}
 ZERO = {"zero_optimization": {"stage": 1}}
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+SUMS_IN_FP32 = Precision(torch.bfloat16, torch.float32, torch.bfloat16)
 PARTS = {2: [0, 4, 7], 3: [0, 3, 5, 7]}
 
 
@@ -91,6 +93,8 @@ CASES = {
     "bf16": (1, BF16, NADAMW, Precision(torch.bfloat16), 1),
     "bf16 ZeRO-1": (2, BF16 | ZERO, NADAMW, Precision(torch.bfloat16), 1),
     "float32 ZeRO-1": (1, ZERO, MUON, Precision(), 1),
+    "bf16, K=3": (3, BF16, NADAMW, Precision(torch.bfloat16), 1),
+    "bf16, fp32 sums, ZeRO-1": (3, BF16 | ZERO | FP32_SUMS, NADAMW, SUMS_IN_FP32, 1),
 }
 
 

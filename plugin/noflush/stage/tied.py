@@ -36,12 +36,14 @@ class Tie:
         name: for people.
         stages: that use it, rising; the first one owns it.
         shape, dtype: of the weight.
+        sums: in what readers add up a batch's gradients and send them; None: in ``dtype``.
     """
 
     name: str
     stages: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sums: torch.dtype | None = None
 
     @property
     def owner(self) -> int:
@@ -54,8 +56,13 @@ class Tie:
 
     @property
     def spec(self) -> TensorSpec:
-        """As it travels."""
+        """As it travels down."""
         return TensorSpec(self.shape, self.dtype, False)
+
+    @property
+    def gradient_spec(self) -> TensorSpec:
+        """Of a batch's gradient, which travels up."""
+        return TensorSpec(self.shape, self.sums or self.dtype, False)
 
 
 def phase(schedule: Schedule, tie: Tie) -> int:
@@ -117,6 +124,7 @@ class TiedWeights:
         self._params = dict(params)
         self._newest: dict[int, Tensor] = {}  # what came down last, of what this stage reads or hands on
         self._in_flight: dict[int, dict[int, Tensor]] = {}  # of each micro-batch what its forward read
+        self._sums: dict[int, Tensor] = {}  # of this batch's gradients, of what this stage reads
         self._from_below: dict[int, Tensor] = {}
         self._groups: dict[int, Any] = {}
         self._sources: dict[int, int] = {}
@@ -174,14 +182,18 @@ class TiedWeights:
             self._params[i].data = tensor
 
     def release(self, micro_batch: int) -> None:
-        """The backward is done."""
-        del self._in_flight[micro_batch]
+        """The backward is done: takes the gradients that it left."""
+        for i in self._in_flight.pop(micro_batch):
+            gradient, self._params[i].grad = self._params[i].grad, None
+            if gradient is not None:
+                gradient = gradient.to(self.ties[i].gradient_spec.dtype)
+                self._sums[i] = self._sums[i].add_(gradient) if i in self._sums else gradient
 
     # ---- up: gradients -------------------------------------------------------------------------------------
 
     def specs_up(self) -> list[TensorSpec]:
         """Of what a batch's last gradient message brings this stage besides."""
-        return [tie.spec for tie in self.ties if tie.crosses(self._stage)]
+        return [tie.gradient_spec for tie in self.ties if tie.crosses(self._stage)]
 
     def take_up(self, tensors: Sequence[Tensor]) -> None:
         """What came with a batch's last gradient."""
@@ -189,17 +201,15 @@ class TiedWeights:
         self._from_below = dict(zip(numbers, tensors, strict=True))
 
     def to_send_up(self) -> list[Tensor]:
-        """What goes up with a batch's last gradient: that from below and this stage's own, which is cleared."""
+        """What goes up with a batch's last gradient: that from below and this stage's own."""
         found = []
         for i, tie in enumerate(self.ties):
             if not tie.crosses(self._stage - 1):
                 continue
-            total = self._from_below.pop(i, None)
-            if i in self._params:
-                own, self._params[i].grad = self._params[i].grad, None
-                if own is not None:
-                    total = own if total is None else total + own
-            found.append(torch.zeros_like(self._params[i]) if total is None else total)
+            parts = [sums.pop(i) for sums in (self._from_below, self._sums) if i in sums]
+            if not parts:
+                parts = [torch.zeros_like(self._params[i], dtype=tie.gradient_spec.dtype)]
+            found.append(parts[0] if len(parts) == 1 else parts[0] + parts[1])
         return found
 
     def owed(self) -> Iterator[tuple[Parameter, Tensor]]:
