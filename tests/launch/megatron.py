@@ -136,6 +136,7 @@ def simulate(rank, run, calls):
         next_token_loss(run.model),
         make_optimizer,
         pipeline_schedule(run),
+        run.deepspeed["gradient_clipping"],
         make_lr_scheduler=Scheduler,
         shared=shared,
     )

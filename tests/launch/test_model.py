@@ -166,7 +166,6 @@ def test_recomputed_activations_change_nothing(how, tmp_path):
     assert _losses(plain) == _losses(recomputed)
 
 
-
 def test_tied_embeddings_under_the_flush_are_those_of_one_stage(tmp_path):
     flush = {"optimizer": {"type": "PipeDreamAdamW"}, "async_pipeline": {"schedule": "1f1b_flush"}}
     run = [settings(f"{TIED} --clip-grad 0.5 --pipeline-model-parallel-size {p}", p, tmp_path, flush) for p in (1, 2)]
@@ -176,24 +175,6 @@ def test_tied_embeddings_under_the_flush_are_those_of_one_stage(tmp_path):
     first, last = ([w for w in result["weights"] if w.shape == (VOCABULARY, 32)] for result in results)
     assert len(first) == len(last) == 1
     assert torch.equal(first[0], last[0]), "the copies drifted apart"
-
-
-@pytest.mark.parametrize("gas", [1, 2])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_tied_embeddings_equal_the_simulator(stages, gas, tmp_path):
-    """Megatron's default: the first stage owns the words' weights, and the last one reads what it reads."""
-    layers = 6 if stages == 3 else 4
-    arguments = f"{TIED} --num-layers {layers} --pipeline-model-parallel-size {stages} --global-batch-size {2 * gas}"
-    run = settings(arguments, stages, tmp_path)
-    assert (run.model.tied, run.gas) == (True, gas)
-    results = run_ranks(train, stages, run=run, calls=10)
-    ((losses, weights),) = run_ranks(simulate, 1, run=run, calls=10)
-    assert results[-1]["losses"] == losses
-    assert len(set(losses)) == 10 * gas
-    for result, expected in zip(results, weights, strict=True):
-        assert len(result["weights"]) == len(expected)
-        assert all(torch.equal(a, b) for a, b in zip(result["weights"], expected, strict=True))
-    assert torch.equal(results[0]["weights"][0], results[-1]["weights"][0])
 
 
 def _weights(rank, run):
