@@ -56,8 +56,10 @@ def ties_of(model: Any, group: Any, sums: torch.dtype) -> Ties:
         return [], {}
     told: list[Any] = [None] * model.num_stages
     dist.all_gather_object(told, {of: (tuple(w.shape), w.dtype) for of, w in mine.items()}, group=group)
-    known = {of: kind for of_stage in told for of, kind in of_stage.items()}
-    ties = [Tie(f"{key}.{name}", stages[key], *known[key, name], sums=sums) for key, name in sorted(known)]
+    known: dict[tuple[str, str], tuple[tuple[int, ...], torch.dtype]] = {
+        of: kind for of_stage in told for of, kind in of_stage.items()
+    }
+    ties = [Tie(f"{key}.{name}", stages[key], *kind, sums) for (key, name), kind in sorted(known.items())]
     return ties, {number: mine[of] for number, of in enumerate(sorted(known)) if of in mine}
 
 
