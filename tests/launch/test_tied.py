@@ -9,6 +9,8 @@ import torch
 
 from noflush.launch import convert_checkpoint
 from noflush.launch import generate as generating
+from noflush.launch.arguments.pipelining import schedule_of
+from noflush.launch.gpt.size import bytes_by_stage, parameters_by_stage
 from noflush.launch.training.beside_weights import checkpoint_in, read_model
 from tests.launch.megatron import NADAMW, SMALL, TIED, settings, simulate, train
 from tests.launch.processes import Run
@@ -79,6 +81,16 @@ def test_slices_and_replicas_match_one(keeper, split, tmp_path):
     assert norms[0] > 0.05
     for owner, reader in ((0, 2), (1, 3)):
         assert torch.equal(words(got[owner]), words(got[reader]))
+
+
+def test_a_reader_keeps_no_moments_and_no_versions(tmp_path):
+    """By hand: of 64 x 32 words the last stage has the weights and their gradients, 8 bytes a number, and no more."""
+    for schedule, of_words in (("1f1b_no_flush", 8), ("1f1b_flush", 16)):
+        config = {"async_pipeline": {"enabled": True, "schedule": schedule}, "optimizer": NADAMW}
+        run = settings(f"{TIED} --pipeline-model-parallel-size 2", 2, tmp_path, config)
+        *_, last = bytes_by_stage(run, schedule_of(run))
+        *_, count = parameters_by_stage(run.model, 2)
+        assert last.weights == (count - 64 * 32) * 16 + 64 * 32 * of_words
 
 
 def launched(folder, stages, more):

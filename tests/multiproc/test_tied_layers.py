@@ -164,3 +164,50 @@ def test_tied_layers_are_the_simulator_and_go_on(stages, name, folder):
         found = [w for of, w in results[s][1].items() if of.endswith("token.weight")]
         assert [torch.equal(w, owned) for w in found] == [True]
     assert all(same for _, _, same in results)
+
+
+REPLICAS = {
+    "float32": ({}, Precision(), 2),
+    "bf16 ZeRO-1": (BF16 | ZERO, Precision(torch.bfloat16), 1),
+}
+
+
+def train_replicas(rank, stages):
+    results = {}
+    for name, (more, _, gas) in REPLICAS.items():
+        engine, losses = build(stages, t.ds_config(gas, NADAMW, {}, **more))
+        replica = engine.grid.get_data_parallel_rank()
+        stream = iter(t.data(CALLS * gas, seed=1 + 100 * replica))
+        for _ in range(CALLS):
+            engine.train_batch(itertools.islice(stream, gas))
+        engine.drain()
+        results[name] = losses, {of: p.detach().clone() for of, p in engine.module.named_parameters()}
+    return results
+
+
+@functools.cache
+def trained_replicas():
+    return run_ranks(train_replicas, 4, timeout=280, stages=2)
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_are_the_simulator(name):
+    """A reader's replicas send each its own gradient; the owner's add all up in their one reduction. Bit for bit."""
+    _, precision, gas = REPLICAS[name]
+    parts = simulator_parts(2)
+    reader = f"{len(parts[-1]) - 1}.logits.weight"
+    functools.reduce(getattr, reader.split("."), parts[-1]).data.copy_(parts[0][0].token.weight)
+    simulator = DelaySimulator(
+        parts, next_token_loss, lambda ps: load(NADAMW["type"])(ps, **NADAMW["params"]), Schedule(2, gas),
+        precision=precision, replicas=2, shared=[Shared(((0, "0.token.weight"), (1, reader)))],
+    )  # fmt: skip
+    losses = [[], []]
+    for batches in zip(t.data(CALLS * gas), t.data(CALLS * gas, seed=101), strict=True):
+        for kept, loss in zip(losses, simulator.train_replicas(batches), strict=True):
+            kept.append(loss.item())
+    simulator.drain()
+    results = [result[name] for result in trained_replicas()]
+    assert [results[2][0], results[3][0]] == losses
+    owned = simulator.parameters(0)["0.token.weight"]
+    for _, weights in results:
+        assert [torch.equal(w, owned) for of, w in weights.items() if of.endswith("token.weight")] == [True]
