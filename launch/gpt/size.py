@@ -79,8 +79,11 @@ def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
     found = []
     for stage, count in enumerate(parameters_by_stage(model, ranks.pipeline, ranks.tensor)):
         state = 2 * moment + (_MASTER if width == 2 else 0)
-        weights = count * (width + gradient) + count * state // sharded
-        stash = count * width * (schedule.versions_alive(stage) - 1)
+        owned = count
+        if model.tied and 0 < stage == ranks.pipeline - 1 and not schedule.flushes:
+            owned -= model.vocabulary // ranks.tensor * model.hidden  # read, not updated
+        weights = count * (width + gradient) + owned * state // sharded
+        stash = owned * width * (schedule.versions_alive(stage) - 1)
         layers = model.layers // ranks.pipeline
         held = schedule.in_flight(stage) * _activations(settings, layers, width)
         if settings.steps.recompute is not None:

@@ -11,6 +11,7 @@ from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.kernels.choice import choose
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
+from noflush.patches.deepspeed.ties import Ties, ties_of
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
 from noflush.patches.deepspeed.work import EngineWork
@@ -35,13 +36,26 @@ def make_stage(
         ScheduleError: the schedule could deadlock.
     """
     weights = weights_of(engine.optimizer, engine.mpu.get_data_parallel_group(), slices)
-    update, named = _make_update(engine, block, weights)
+    update, named = _make_update(engine, block, weights, schedule.flushes)
+    pipe = engine.grid.get_pipe_parallel_group()
+    tied: Ties = ([], {})
+    if schedule.stages > 1 and not schedule.flushes:
+        tied = ties_of(engine.module, pipe, engine.get_data_types()[1])
+    if tied[0] and isinstance(update, WrappedUpdate):
+        raise ConfigError(
+            [
+                f"tied layers {', '.join(tie.name for tie in tied[0])}: without a flush their owner adds up the "
+                f"gradients, which {type(engine.optimizer).__name__} around {type(weights.rule).__name__} keeps to "
+                "itself; name one of noflush's optimizers in async_pipeline.optimizer, untie them, or set the schedule "
+                "to '1f1b_flush'"
+            ]
+        )
     pipelines = engine.grid._topo.get_axis_comm_lists("pipe")
     ranks = Ranks(
         pipelines if schedule.stages > 1 else [[rank] for rank in range(dist.get_world_size())],
         engine.global_rank,
         engine.dp_world_size,
-        engine.grid.get_pipe_parallel_group(),
+        pipe,
     )
     options = StageOptions(
         trace_dir=block.trace_dir,
@@ -53,12 +67,12 @@ def make_stage(
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)
-    return Stage(schedule, ranks, device, weights, update, EngineWork(engine), options, scaler), named
+    return Stage(schedule, ranks, device, weights, update, EngineWork(engine), options, scaler, tied), named
 
 
-def _make_update(engine: Any, block: AsyncPipelineConfig, weights: Weights) -> tuple[StageUpdate, str]:
+def _make_update(engine: Any, block: AsyncPipelineConfig, weights: Weights, flushes: bool) -> tuple[StageUpdate, str]:
     update, named = _update_of(engine, block, weights)
-    if engine.module.tied_comms:
+    if engine.module.tied_comms and flushes:
         update = TiedFirst(update, engine)
     return update, named
 

@@ -72,9 +72,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         host_config = kwargs["config_class"]
-        self.has_one_norm = block.clip == "global" or any(
-            isinstance(spec, TiedLayerSpec) for spec in kwargs["model"]._layer_specs
-        )
+        tied = any(isinstance(spec, TiedLayerSpec) for spec in kwargs["model"]._layer_specs)
+        self.has_one_norm = block.clip == "global" or (tied and schedule.flushes)
         # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
         self._nf_breakdown = bool(host_config.wall_clock_breakdown)
         host_config.wall_clock_breakdown = False

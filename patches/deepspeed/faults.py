@@ -93,10 +93,13 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             f"{BLOCK}.kernel is {config.kernel!r}, but optimizer {named!r} updates by itself: leave kernel out, or "
             f"choose one of {', '.join(METHODS)}"
         )
-    if facts.tied_keys and facts.stages > 1 and config and config.schedule == "1f1b_no_flush":
+    wrapped = facts.zero_stage or at(ds_config, "bf16", "enabled") or at(ds_config, "fp16", "enabled")
+    if facts.tied_keys and facts.stages > 1 and config and config.schedule == "1f1b_no_flush" and wrapped and not ours:
         faults.append(
-            f"tied layers {', '.join(map(repr, facts.tied_keys))}: without a flush the two copies would be updated at "
-            f"different times; {facts.untie}, or set the schedule to '1f1b_flush'"
+            f"tied layers {', '.join(map(repr, facts.tied_keys))} with optimizer {named!r} in mixed precision or "
+            "ZeRO-1: without a flush their owner adds up the gradients, which DeepSpeed's optimizers keep to "
+            f"themselves there; choose one of {', '.join(METHODS)}, train in float32 without ZeRO, {facts.untie}, or "
+            "set the schedule to '1f1b_flush'"
         )
     schedule = None
     if not faults and config is not None:

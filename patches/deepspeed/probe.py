@@ -31,7 +31,8 @@ NEEDED: dict[Owner, str] = {
         _exec_reduce_grads _exec_reduce_tied_grads _exec_schedule _global_grad_norm _is_supported_optimizer _next_batch
         _report_progress _reserve_pipe_buffers _running_engine_backward _scale_loss_by_gas _step_applied
         agg_additional_losses agg_train_loss communication_data_type device dp_world_size eval_batch fp16_enabled
-        fwd_outputs get_lr global_rank global_samples global_steps gradient_clipping gradient_predivide_factor grid
+        fwd_outputs get_data_types get_lr global_rank global_samples global_steps gradient_clipping
+        gradient_predivide_factor grid
         is_data_parallel is_first_stage is_grad_partitioned is_last_stage is_pipe_partitioned load_checkpoint loss
         lr_scheduler micro_batches module monitor mpu num_pipe_buffers num_stages optimizer optimizer_name
         optimizer_params param_names
@@ -40,7 +41,8 @@ NEEDED: dict[Owner, str] = {
         train_batch_size train_micro_batch_size_per_gpu using_bf16_optimizer zero_optimization
     """,
     MODULE: """
-        _layer_specs dynamic_shape get_additional_losses num_stages parts stage_id tied_comms
+        _layer_specs dynamic_shape get_additional_losses num_stages parts stage_id tied_comms tied_modules
+        tied_weight_attrs
     """,
     GRID: """
         _topo get_data_parallel_group get_model_parallel_group get_pipe_parallel_group get_slice_parallel_group

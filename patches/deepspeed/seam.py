@@ -195,10 +195,29 @@ def _build(original: type, *args: Any, **kwargs: Any) -> Any:
     check_whole(kwargs.get("optimizer"), ds_config)
     for line in shared_untied(model):
         logger.warning("noflush: %s", line)
+    if not schedule.flushes:
+        kwargs = _without_borrowed(kwargs)
     engine = NoFlushEngine(block, schedule, *args, **_with_something_to_hold(kwargs))
     if flags is not None:
         megatron.follow_updates(engine, flags)
     return engine
+
+
+def _without_borrowed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` of an engine whose optimizer has no tied weight that another stage owns."""
+    from torch.optim import Optimizer
+
+    from noflush.patches.deepspeed import ties
+
+    model, theirs = kwargs["model"], kwargs.get("optimizer")
+    taken = ties.borrowed(model)
+    if not taken:
+        return kwargs
+    if isinstance(theirs, Optimizer):
+        ties.disown(theirs, taken)
+    params = kwargs.get("model_parameters")
+    params = [p for p in model.parameters() if p.requires_grad] if params is None else params
+    return {**kwargs, "model_parameters": ties.without(params, taken)}
 
 
 def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class WrappedUpdate(NoLookAhead):
         self._weights = weights
         self._engine = engine
 
+    def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """As `StageUpdate.add_gradient`: `config` has refused tied layers with these optimizers."""
+        raise AssertionError(f"{type(self._weights).__name__} takes no gradient of another stage's")
+
     @torch.no_grad()
     def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
         """As `StageUpdate.run`."""
@@ -62,6 +66,10 @@ class TiedFirst:
         """As `StageUpdate.run`."""
         self._engine._exec_reduce_tied_grads()
         return self._update.run(ring, scale)
+
+    def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """As `StageUpdate`; without a flush alone, where this is not."""
+        raise AssertionError("tied layers without a flush are kept by their owner")
 
     def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
         """As `StageUpdate`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,13 @@ class Precision:
     wire: torch.dtype | None = None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A weight that several stages use: (stage, its name there), the owner, who updates it, first."""
+
+    users: tuple[tuple[int, str], ...]
+
+
 class _Stage:
     """A stage's layers, its newest weights (the module's own parameters) and the older versions still needed."""
 
@@ -57,10 +64,11 @@ class _Stage:
         versions: int,
         precision: Precision,
         replicas: int,
+        borrowed: Sequence[str],
     ) -> None:
         self.module = module
         mark_embeddings_and_heads(module.named_modules())
-        self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.params = {n: p for n, p in module.named_parameters() if p.requires_grad and n not in borrowed}
         if precision.weights != torch.float32:
             module.to(precision.weights)
         # The true weights; those of the module are what forwards use.
@@ -75,7 +83,7 @@ class _Stage:
         self.newest = 0
         self._accumulate = precision.accumulate
         self._wire = precision.wire
-        self._gradients: list[dict[str, Tensor]] = [{} for _ in range(replicas)]
+        self.gradients: list[dict[str, Tensor]] = [{} for _ in range(replicas)]
         self.remember()
 
     def remember(self) -> None:
@@ -86,15 +94,15 @@ class _Stage:
         return {name: t.clone().requires_grad_() for name, t in self.history[version - self.newest - 1].items()}
 
     def accumulate(self, replica: int, name: str, gradient: Tensor) -> None:
-        sums = self._gradients[replica]
+        sums = self.gradients[replica]
         gradient = gradient.to(self._accumulate or gradient.dtype)
         sums[name] = gradient if name not in sums else sums[name] + gradient
 
     def take_gradients(self, scale: float) -> bool:
         """Gives the masters the replicas' mean gradients, unscaled; whether they are all finite."""
-        replicas = len(self._gradients)
+        replicas = len(self.gradients)
         for name, master in self.masters.items():
-            parts = [sums[name] for sums in self._gradients if name in sums]
+            parts = [sums[name] for sums in self.gradients if name in sums]
             master.grad = None
             if parts:
                 total = parts[0]
@@ -105,7 +113,7 @@ class _Stage:
             elif isinstance(self.optimizer, DelayAwareOptimizer):
                 # The engine keeps gradients of noflush's own rules flat: what no loss reaches is zero there.
                 master.grad = torch.zeros_like(master)
-        self._gradients = [{} for _ in self._gradients]
+        self.gradients = [{} for _ in self.gradients]
         return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.masters.values())
 
     @torch.no_grad()
@@ -141,6 +149,8 @@ class DelaySimulator:
         make_lr_scheduler: builds a stage's learning-rate scheduler (stepped after each of its updates), or None.
         precision: dtypes of weights and gradients.
         replicas: data-parallel replicas.
+        shared: weights that stages share: all forwards and backwards of a micro-batch use the version that its owner's
+            forward does, and the owner's update takes all their gradients.
         loss_scale: ``loss_scale(batch)`` multiplies that batch's loss, and its updates divide by it.
         recompute: layers of a stage (children of its ``nn.Sequential``) that backward computes anew together, as
             DeepSpeed's ``activation_checkpoint_interval``; 0 keeps activations. It changes numbers under ``latest``
@@ -164,6 +174,7 @@ class DelaySimulator:
         replicas: int = 1,
         loss_scale: Callable[[int], float] = lambda batch: 1.0,
         recompute: int = 0,
+        shared: Sequence[Shared] = (),
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
@@ -175,12 +186,13 @@ class DelaySimulator:
         self._loss_scale = loss_scale
         self._recompute = recompute
         self._segment = 0
+        self._shared = tuple(shared)
         self._stages: list[_Stage] = []
         for s, module in enumerate(stages):
             # For `latest` a forward is as old as with `stash`; only its backward differs.
-            stage = _Stage(module, make_optimizer, schedule.max_delay(s) + 1, precision, replicas)
-            if isinstance(stage.optimizer, DelayAwareOptimizer):
-                stage.optimizer.set_stage(Place(s, schedule.stages, schedule.mean_delay(s)))
+            borrowed = [name for one in shared for of, name in one.users[1:] if of == s]
+            stage = _Stage(module, make_optimizer, schedule.max_delay(s) + 1, precision, replicas, borrowed)
+            self._tell(s, stage)
             self._stages.append(stage)
         self._lr = [make_lr_scheduler(s.optimizer) for s in self._stages] if make_lr_scheduler else []
 
@@ -204,7 +216,7 @@ class DelaySimulator:
         for s, stage in enumerate(self._stages):
             # A version counted from the segment's start, as an offset from the newest.
             version = stage.newest - m // self.schedule.gas + self.schedule.version(s, m)
-            weights = stage.weights(version)
+            weights = stage.weights(version) | self._borrowed(s, m)
             frozen = _as_tuple(payload)
             received = tuple(t.detach().requires_grad_(t.requires_grad) for t in frozen)
             outputs = self._forward(stage.module, weights, received if isinstance(payload, tuple) else received[0])
@@ -213,22 +225,55 @@ class DelaySimulator:
         loss = self._loss_fn(payload, labels)
         scaled = loss / self.schedule.gas * self._loss_scale(self.micro_batches // self.schedule.gas)
         grads: tuple[Tensor, ...] | None = None
-        for stage, (weights, received, outputs) in zip(reversed(self._stages), reversed(graphs), strict=True):
+        for s, (weights, received, outputs) in reversed(list(enumerate(graphs))):
+            stage = self._stages[s]
             if self.schedule.backward_sees_live_weights:
                 for name, leaf in weights.items():
-                    leaf.data.copy_(stage.params[name])
+                    if name in stage.params:
+                        leaf.data.copy_(stage.params[name])
             heads = [scaled] if grads is None else [t for t in _as_tuple(outputs) if t.requires_grad]
             wanted = [*weights.values(), *(t for t in received if t.requires_grad)]
             # A stage without weights, behind none that trains, has nothing to pass on.
             found = torch.autograd.grad(heads, wanted, grads, allow_unused=True) if heads and wanted else ()
             for name, grad in zip(weights, found, strict=False):
                 if grad is not None:
-                    stage.accumulate(replica, name, grad)
+                    self._accumulate(s, replica, name, grad)
             grads = tuple(
                 torch.zeros_like(t) if g is None else g
                 for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
         return loss.detach()
+
+    def _borrowed(self, stage: int, m: int) -> dict[str, Tensor]:
+        """What ``stage`` reads of other stages' weights, at the versions that their forwards of micro-batch m use."""
+        found = {}
+        for one in self._shared:
+            of, own_name = one.users[0]
+            owner = self._stages[of]
+            version = owner.newest - m // self.schedule.gas + self.schedule.version(of, m)
+            found.update({n: owner.weights(version)[own_name] for reader, n in one.users[1:] if reader == stage})
+        return found
+
+    def _accumulate(self, stage: int, replica: int, name: str, gradient: Tensor) -> None:
+        """A gradient of a shared weight is kept apart until the update, which adds those of its readers up."""
+        for one in self._shared:
+            if (stage, name) in one.users[1:]:
+                owner, own_name = one.users[0]
+                self._stages[owner].accumulate(replica, f"{own_name} of stage {stage}", gradient)
+                return
+        self._stages[stage].accumulate(replica, name, gradient)
+
+    def _gather_shared(self) -> None:
+        """Every owner's gradient and its readers': those of the readers first, from the last one on."""
+        for one in self._shared:
+            owner, own_name = one.users[0]
+            for sums in self._stages[owner].gradients:
+                total = None
+                for reader, _ in reversed(one.users[1:]):
+                    found = sums.pop(f"{own_name} of stage {reader}", None)
+                    total = found if total is None or found is None else total + found
+                if total is not None:
+                    sums[own_name] = sums[own_name] + total.to(sums[own_name].dtype) if own_name in sums else total
 
     def _forward(self, module: nn.Module, weights: dict[str, Tensor], payload: Payload) -> Payload:
         if not self._recompute:
@@ -242,6 +287,7 @@ class DelaySimulator:
         return payload
 
     def _update(self) -> None:
+        self._gather_shared()
         scale = self._loss_scale(self.micro_batches // self.schedule.gas - 1)
         for s, stage in enumerate(self._stages):
             finite = stage.take_gradients(scale)
@@ -267,6 +313,18 @@ class DelaySimulator:
             stage.history.pop()
             stage.remember()
 
+    def change_gas(self, gas: int) -> None:
+        """What another K does: a `drain`, and the delays of that K from there on."""
+        self.drain()
+        self.schedule = replace(self.schedule, gas=gas)
+        for s, stage in enumerate(self._stages):
+            stage.history = deque(stage.history, maxlen=self.schedule.max_delay(s) + 1)
+            self._tell(s, stage)
+
+    def _tell(self, s: int, stage: _Stage) -> None:
+        if isinstance(stage.optimizer, DelayAwareOptimizer):
+            stage.optimizer.set_stage(Place(s, self.schedule.stages, self.schedule.mean_delay(s)))
+
     def parameters(self, stage: int) -> dict[str, Tensor]:
         """What forwards of ``stage`` use next, by name within its module; after a `drain` its true weights."""
         return {name: p.detach() for name, p in self._stages[stage].params.items()}
@@ -277,7 +335,15 @@ class DelaySimulator:
         payload = inputs
         for stage in self._stages:
             stage.module.eval()
-            true = {name: master.to(stage.params[name].dtype) for name, master in stage.masters.items()}
+            true = self._true_weights(stage)
+            for one in self._shared:
+                of, own_name = one.users[0]
+                true |= {n: self._true_weights(self._stages[of])[own_name] for s, n in one.users[1:]
+                         if self._stages[s] is stage}  # fmt: skip
             payload = functional_call(stage.module, true, (payload,))
             stage.module.train()
         return self._loss_fn(payload, labels)
+
+    @staticmethod
+    def _true_weights(stage: _Stage) -> dict[str, Tensor]:
+        return {name: master.to(stage.params[name].dtype) for name, master in stage.masters.items()}

@@ -137,6 +137,7 @@ def train_in_tree(rank, tree, ds_config, iterations=5, tied=False):
         "groups": [
             {k: v for k, v in group.items() if k not in ("params", "foreach")} for group in optimizer.param_groups
         ],
+        "learnt": [len(group["params"]) for group in optimizer.param_groups],
         "seen": schedule.seen,
         "losses": losses,
         "weights": [p.detach().clone() for p in engine.module.parameters()],
@@ -173,10 +174,19 @@ def test_every_stage_counts_the_tokens_of_its_own_updates_as_a_synchronous_run_d
 
 
 @pytest.mark.multiproc
-def test_tied_embeddings_are_refused_with_megatrons_own_flag(tree):
-    for kind, message in run_ranks(train_in_tree, 2, tree=tree, ds_config=config(1), tied=True, expect_errors=True):
-        assert kind == "ConfigError"
-        assert "pass --untie-embeddings-and-output-weights, or set the schedule to '1f1b_flush'" in message
+@pytest.mark.parametrize("optimizer", [OURS, None], ids=["the config's optimizer", "Megatron's own"])
+def test_tied_embeddings_are_their_owners(optimizer, tree):
+    """The owner's groups have the weight and the reader's have not; after a drain both have the same."""
+    first, last = run_ranks(train_in_tree, 2, tree=tree, ds_config=config(2, optimizer), tied=True)
+    assert first["engine"] == "NoFlushEngine"
+    assert [group["name"] for group in last["groups"]] == ["wd", "no_wd"]
+    assert [result["learnt"] for result in (first, last)] == [[2, 2], [1, 2]]  # of weights, of biases
+    (owned, *_), (read, *_) = first["weights"], last["weights"]
+    torch.manual_seed(7)
+    begun = torch.nn.Linear(8, 8).weight
+    assert torch.equal(owned, read)
+    assert not torch.allclose(owned, begun, atol=1e-4)
+    assert len(set(first["losses"])) == 5
 
 
 @pytest.mark.multiproc

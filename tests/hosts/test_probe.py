@@ -23,6 +23,7 @@ EXPRESSIONS = {
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
+        "ties.py model",
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -34,7 +35,7 @@ EXPRESSIONS = {
         *("update.py optimizer", "weights.py optimizer", "weights.py self.optimizer"),
     ),
     "scaler": ("update.py optimizer.loss_scaler",),
-    "tied": ("seam.py spec",),
+    "tied": ("seam.py spec", "ties.py spec"),
 }  # fmt: skip
 OWNERS = {
     "engine": [probe.ENGINE],
@@ -60,6 +61,7 @@ FURTHER_IN = {
     "muon_section.py host_config._param_dict['optimizer']": "a dict",
     "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
     "update.py self._update": "ours",
+    "ties.py optimizer": "a script's own, of torch's class",
 }
 OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "__init__")
 TORCHS = {

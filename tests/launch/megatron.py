@@ -19,15 +19,35 @@ LLAMA = (
     " --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --group-query-attention "
     "--num-query-groups 2"
 )
+TIED = "!--untie-embeddings-and-output-weights "
 NADAMW = {"type": "DelayAwareNAdamW", "params": {"betas": [0.99, 0.999]}}
 VOCABULARY = 64
+WORDS = "embedding.word_embeddings.weight"
+
+
+class TiedHead(torch.nn.Module):
+    """An embedding layer as the output layer."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, hidden):
+        from noflush.launch.gpt.layers import tied_head
+
+        return tied_head(self.embedding, hidden)
 
 
 def settings(arguments, world, folder, config=None):
-    """Settings of ``SMALL`` with ``arguments`` behind it; ``config`` is the DeepSpeed config."""
+    """Settings of ``SMALL`` with ``arguments`` behind it; ``config`` is the DeepSpeed config.
+
+    ``!option`` among the arguments takes one of ``SMALL`` out.
+    """
     path = folder / "ds_config.json"
     path.write_text(json.dumps(config or {"optimizer": NADAMW, "async_pipeline": {"enabled": True}}))
-    found, _ = understand([*f"{SMALL} {arguments}".split(), "--deepspeed_config", str(path)], world)
+    out = [word[1:] for word in arguments.split() if word.startswith("!")]
+    argv = [word for word in f"{SMALL} {arguments}".split() if word not in out and not word.startswith("!")]
+    found, _ = understand([*argv, "--deepspeed_config", str(path)], world)
     return dataclasses.replace(found, model=dataclasses.replace(found.model, vocabulary=VOCABULARY))
 
 
@@ -82,7 +102,7 @@ def simulate(rank, run, calls):
     from noflush.launch.training.learning_rate import rates_of
     from noflush.launch.training.start import join
     from noflush.methods.table import load
-    from noflush.simulate import DelaySimulator
+    from noflush.simulate import DelaySimulator, Shared
 
     join(dataclasses.replace(run.ranks, world=1, tensor=1, pipeline=1))
     layers = [spec.build() for spec in layer_specs(run.model, run.steps.seed)]
@@ -93,6 +113,11 @@ def simulate(rank, run, calls):
     parts = [layers[1 + s * per_stage : 1 + (s + 1) * per_stage] for s in range(stages)]
     parts[0] = layers[:1] + parts[0]
     parts[-1] = parts[-1] + layers[-2:]
+    shared = []
+    if run.model.tied:
+        parts[-1][-1] = TiedHead(layers[-1])
+        reader = f"{len(parts[-1]) - 1}.embedding.{WORDS}"
+        shared = [Shared(((0, f"0.{WORDS}"), (stages - 1, reader)))]
 
     def make_optimizer(params):
         groups = [
@@ -114,7 +139,9 @@ def simulate(rank, run, calls):
         next_token_loss(run.model),
         make_optimizer,
         pipeline_schedule(run),
+        run.deepspeed["gradient_clipping"],
         make_lr_scheduler=Scheduler,
+        shared=shared,
     )
     tokens, labels = samples(calls * run.gas * run.batch.micro)
     losses = []
@@ -122,4 +149,7 @@ def simulate(rank, run, calls):
         end = start + run.batch.micro
         losses.append(simulator.train_micro_batch(*micro_batch(tokens[start:end], labels[start:end])).item())
     simulator.drain()
-    return losses, [list(simulator.parameters(s).values()) for s in range(stages)]
+    weights = [list(simulator.parameters(s).values()) for s in range(stages)]
+    if run.model.tied:  # the engine has a tied layer before all others: the owner's words, and positions of no use
+        weights[-1] = [weights[0][0], weights[-1][-1], *weights[-1][:-1]]
+    return losses, weights

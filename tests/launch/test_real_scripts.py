@@ -49,8 +49,6 @@ SMALL = {
 }
 SMALL_CONFIG = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 1}
 
-UNTIED = ("--untie-embeddings-and-output-weights",)
-
 
 @dataclass(frozen=True)
 class Script:
@@ -61,7 +59,7 @@ class Script:
         instead: what is given in place of those.
         sizes: overrides of `SMALL`.
         config: overrides of its DeepSpeed config.
-        block: of noflush; tied models need the flush (or `UNTIED`).
+        schedule: of noflush.
     """
 
     refused: tuple[tuple[str, str], ...] = ()
@@ -75,8 +73,8 @@ FLUSH = "1f1b_flush"
 RENAMED = ("--activations-checkpoint-method", "use --recompute-granularity full --recompute-method")
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 CASES = {
-    # Tied, so with the flush; the batch grows while it trains.
-    "lm_gpt3_175b": Script(schedule=FLUSH),
+    # Tied, as Megatron has it by default; the batch grows while it trains.
+    "lm_gpt3_175b": Script(),
     # One stage, two replicas.
     "lm_llama3_8b_fp8": Script(
         refused=(
@@ -89,8 +87,7 @@ CASES = {
             ("--fp8-param-gather", "use --bf16"),
         ),
     ),
-    # A tied model made fit for no flush by one option.
-    "lm_sc21_76b": Script(refused=(RENAMED,), instead=RECOMPUTE + UNTIED),
+    "lm_sc21_76b": Script(refused=(RENAMED,), instead=RECOMPUTE),
     "lm_mixtral_8x7b": Script(
         refused=(("--num-experts", "leave it out for a dense model"),), sizes=(("--split", "90,8,2"),)
     ),
@@ -98,16 +95,17 @@ CASES = {
     "mds_gpt_345m_mp": Script(
         sizes=(("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "1")),
     ),
+    # The same with the flush.
     "mds_gpt3_175b": Script(refused=(RENAMED,), instead=RECOMPUTE, schedule=FLUSH),
     "mds_llama": Script(),
     "mds_llama2": Script(),
     "mds_universal_llama_bf16": Script(),
-    "mds_universal_gpt_fp16": Script(schedule=FLUSH),
-    "mds_rebase_13b": Script(schedule=FLUSH),
-    "mds_rebase_rope_1.3b": Script(instead=UNTIED),
+    "mds_universal_gpt_fp16": Script(),
+    "mds_rebase_13b": Script(),
+    "mds_rebase_rope_1.3b": Script(),
     "mds_zero_bubble_1.3b": Script(
         refused=(("--zero-stage", 'set "zero_optimization": {"stage": 1}'),),
-        instead=("--zero-stage", "1", *UNTIED),
+        instead=("--zero-stage", "1"),
         config=(("zero_optimization", {"stage": 1}), ("prescale_gradients", False)),
     ),
 }
@@ -160,7 +158,7 @@ def test_every_script_is_a_case_and_names_its_origin():
     assert {path.stem for path in SCRIPTS.glob("*.args")} == set(CASES)
     for path in SCRIPTS.glob("*.args"):
         assert path.read_text().startswith(("# NVIDIA/Megatron-LM, core_v0.16.1", "# deepspeedai/Megatron-DeepSpeed,"))
-    assert sum(script.schedule == "1f1b_no_flush" for script in CASES.values()) >= 3
+    assert [name for name, script in CASES.items() if script.schedule == FLUSH] == ["mds_gpt3_175b"]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -82,7 +82,6 @@ WRONG = {
     "dropout": ("--hidden-dropout 1.5", "--hidden-dropout is 1.5: it must be at least 0 and below 1"),
     "vocabulary multiple": ("--make-vocab-size-divisible-by 0", "--make-vocab-size-divisible-by is 0: .* 1 or more"),
     "padded vocabulary": ("--padded-vocab-size 100", "--padded-vocab-size 100 for a tokenizer with 50257 token ids"),
-    "tied without a flush": ("!--untie-embeddings-and-output-weights", "tied layers 'embedding': .*untie"),
     "interleaved, old and new": (
         "--use-rotary-position-embeddings --position-embedding-type none",
         "--use-rotary-position-embeddings, --position-embedding-type none: give one",
@@ -292,6 +291,15 @@ def test_wrong(name, places):
     faults = faults_of(command_line(change, places))
     assert len(faults) == 1, faults
     assert_says(faults[0], message)
+
+
+def test_tied_embeddings_need_gradients_that_are_in_reach(places, tmp_path):
+    config = BLOCK | {"optimizer": {"type": "Adam"}, "bf16": {"enabled": True}}
+    path = runs.write_config(tmp_path / "ds_config.json", config)
+    tied = command_line("!--untie-embeddings-and-output-weights", places)
+    (fault,) = faults_of([*tied, "--bf16", "--deepspeed_config", str(path)])
+    assert fault.startswith("tied layers 'embedding' with optimizer 'Adam' in mixed precision")
+    assert "pass --untie-embeddings-and-output-weights, or set the schedule" in fault
 
 
 @pytest.mark.parametrize("name", CONFIGS)

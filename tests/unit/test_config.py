@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,7 @@ GOOD = {
     "async_pipeline": {"enabled": True},
 }
 FACTS = RunFacts(stages=4, layers=8)
+TIED = RunFacts(stages=2, layers=4, tied_keys=("embed",))
 CLIENT = RunFacts(stages=4, layers=8, client_optimizer=True)
 
 
@@ -162,7 +164,8 @@ WRONG = {
     "our optimizer, not enabled": (GOOD | {"async_pipeline": {"enabled": False}}, None, "set async_pipeline.enabled to true"),
     "our optimizer, no block": ({k: v for k, v in GOOD.items() if k != "async_pipeline"}, None, "is noflush's, but"),
     "more stages than layers": (GOOD, RunFacts(stages=4, layers=3), "4 stages for 3 layers: every stage needs a layer"),
-    "tied layers": (GOOD, RunFacts(stages=2, layers=4, tied_keys=("embed",)), "tied layers 'embed'.*untie them"),
+    "tied layers of DeepSpeed's bf16": (GOOD | {"bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}, TIED, "tied layers 'embed' with optimizer 'Adam' in mixed precision.*untie them"),
+    "tied layers of DeepSpeed's ZeRO-1": (GOOD | {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW"}}, replace(TIED, zero_stage=1), "tied layers 'embed' with optimizer 'AdamW' .*ZeRO-1.*one of DelayAware"),
     "dynamic shape": (GOOD, RunFacts(stages=2, layers=4, dynamic_shape=True), "dynamic_shape=True"),
     "old DeepSpeed": (GOOD, RunFacts(stages=2, layers=4, deepspeed_version="0.18.9"), "install deepspeed>=0.19.3"),
 }  # fmt: skip
@@ -177,8 +180,11 @@ def test_wrong_configuration(name):
     assert len(caught.value.faults) == 1, caught.value.faults
 
 
-def test_tied_layers_on_one_stage_are_one_copy():
-    check_run(GOOD, RunFacts(stages=1, layers=4, tied_keys=("embed",)))
+def test_tied_layers_train_where_their_owner_can_add_gradients_up():
+    adam, bf16, zero = {"optimizer": {"type": "Adam"}}, {"bf16": {"enabled": True}}, {"zero_optimization": {"stage": 1}}
+    for section in (bf16, zero, adam, adam | bf16 | with_block(schedule="1f1b_flush")):
+        assert check_run(GOOD | section, TIED)
+    assert check_run(GOOD | adam | bf16, replace(TIED, stages=1)), "one copy"
 
 
 def test_a_key_that_is_wrong_hides_no_other_that_is_out_of_range():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from noflush.methods.table import METHODS, load
 from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
 from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
 from noflush.order.schedule import Schedule
+from noflush.order.tied_traffic import ENOUGH, tied_traffic
 from noflush.order.timing import Cost, play
 
 
@@ -146,3 +148,34 @@ def test_command_says_what_methods_cost_and_warns(capsys):
     assert "more than the 6% that the flush costs" in out
     assert main(["plan", "--stages", "8", "--gas", "1", *sizes, "--micro-batch-size", "64"]) == 0
     assert "that the flush costs" not in capsys.readouterr().out
+
+
+def test_a_tied_embeddings_traffic_and_memory(capsys):
+    """By hand: 1000 x 64 numbers of 4 bytes are 256,000; 2 x 100 x 64 of 4 are 51,200 a micro-batch, 4 a batch."""
+    sizes = ["--num-layers", "4", "--hidden-size", "64", "--vocab-size", "1000", "--seq-length", "100"]
+    sizes += ["--micro-batch-size", "2", "--gas", "4"]
+    assert main(["plan", "--stages", "4", *sizes, "--tied", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tied"] == {"bytes": 256_000, "activation_bytes": 204_800, "share": 1.25, "enough_gas": 101}
+    block = 12 * 64 * 64 + 13 * 64
+    assert [row["parameters"] for row in found["stages"]] == [block + 1100 * 64, block, block, block + 2 * 64]
+    assert main(["plan", "--stages", "4", *sizes, "--tied"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "each link carries 250.0 KiB more a batch, each way, 125.0% of the activations' 200.0 KiB; K = 101 makes" in out
+    )
+    assert "the last stage holds a copy and its gradient besides, 500.0 KiB (no moments); stages between as much" in out
+    assert main(["plan", "--stages", "4", *sizes, "--gas", "101", "--tied", "--tensor-parallel", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "125.0 KiB more a batch, each way, 2.5% of the activations' 4.9 MiB the last" in out
+    assert main(["plan", "--stages", "1", *sizes, "--tied", "--json"]) == 0
+    assert "tied" not in json.loads(capsys.readouterr().out)
+    assert main(["plan", "--stages", "2", "--parameters", "1e6", "--tied"]) == 2
+    assert "--tied: what it adds follows from a GPT's sizes; give --num-layers" in capsys.readouterr().err
+
+
+def test_the_smallest_k_is_the_first_under_the_share():
+    for vocabulary, sequence in ((1000, 100), (1001, 100), (50304, 1024), (999, 100)):
+        found = tied_traffic(vocabulary, 64, sequence, 1, 1, 2)
+        least = found.enough_gas
+        assert replace(found, gas=least).share < ENOUGH <= replace(found, gas=least - 1).share

@@ -14,6 +14,7 @@ from noflush.methods.table import METHODS
 from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
 from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
+from noflush.order.tied_traffic import ENOUGH, TiedTraffic, tied_traffic
 from noflush.order.timing import Cost
 
 
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     memory.add_argument("--seq-length", type=int, default=1024, help="default: %(default)s")
     memory.add_argument("--bytes-per-parameter", type=int, default=4, help="of a stashed weight (default: %(default)s)")
     memory.add_argument("--micro-batch-size", type=int, default=1, help="sequences (default: %(default)s)")
+    memory.add_argument("--tied", action="store_true", help="the output layer is the word embedding")
     memory.add_argument("--masters", action="store_true", help="mixed precision: float32 masters beside the weights")
     p.add_argument("--data-parallel", type=int, default=1, help="replicas (default: %(default)s)")
     p.add_argument("--tensor-parallel", type=int, default=1, help="slices of a stage (default: %(default)s)")
@@ -57,14 +59,33 @@ def run(args: argparse.Namespace) -> int:
     if data < 1 or tensor < 1:
         raise ValueError(f"--data-parallel {data}, --tensor-parallel {tensor}: give 1 or more, 1 for none")
     plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency, data, tensor)
+    tied = _tied(args)
     if args.json:
-        print(json.dumps(plan.to_json(), indent=2))
+        found = plan.to_json()
+        if tied is not None:
+            found["tied"] = {"bytes": tied.tied, "activation_bytes": tied.gas * tied.activations, "share": tied.share,
+                             "enough_gas": tied.enough_gas}  # fmt: skip
+        print(json.dumps(found, indent=2))
         return 0
     console = Console()
     _print(console, plan, latency, cost)
     if args.num_layers and args.hidden_size:
         _print_methods(console, args, plan)
+    if tied is not None:
+        _print_tied(console, tied, args.stages)
     return 0
+
+
+def _tied(args: argparse.Namespace) -> TiedTraffic | None:
+    """What a tied embedding adds to every link; None where there is none, or no link."""
+    if args.tied and (args.num_layers is None or args.hidden_size is None or args.parameters):
+        raise ValueError("--tied: what it adds follows from a GPT's sizes; give --num-layers and --hidden-size")
+    if not args.tied or args.stages == 1:
+        return None
+    return tied_traffic(
+        args.vocab_size, args.hidden_size, args.seq_length, args.micro_batch_size, args.gas, args.bytes_per_parameter,
+        args.tensor_parallel,
+    )  # fmt: skip
 
 
 def _parameters(args: argparse.Namespace) -> list[int] | None:
@@ -85,7 +106,8 @@ def _parameters(args: argparse.Namespace) -> list[int] | None:
     h = args.hidden_size
     counts = [args.num_layers // args.stages * (12 * h * h + 13 * h)] * args.stages
     counts[0] += (args.vocab_size + args.seq_length) * h
-    counts[-1] += args.vocab_size * h + 2 * h
+    # A tied weight is its owner's, the first stage's.
+    counts[-1] += (0 if args.tied else args.vocab_size * h) + 2 * h
     return counts
 
 
@@ -120,6 +142,19 @@ def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> No
                 f"{name}: an update costs {found.update_share:.0%} of a batch's compute, more than the {saved:.0%} "
                 "that the flush costs: raise --gas or --micro-batch-size, or choose a method of elements"
             )
+
+
+def _print_tied(console: Console, tied: TiedTraffic, stages: int) -> None:
+    small = f"K = {tied.enough_gas} makes it less than {float(ENOUGH):.0%}"
+    console.print(
+        f"tied embedding: each link carries {human_bytes(tied.tied)} more a batch, each way, {tied.share:.1%} of the "
+        f"activations' {human_bytes(tied.gas * tied.activations)}"
+        + (f"; {small} at this micro-batch" if tied.share >= ENOUGH else "")
+    )
+    between = "; stages between as much, to hand on" if stages > 2 else ""
+    console.print(
+        f"the last stage holds a copy and its gradient besides, {human_bytes(2 * tied.tied)} (no moments){between}"
+    )
 
 
 def _print(console: Console, plan: Plan, latency: float, cost: Cost) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from noflush.stage.payloads import check_loss
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
 from noflush.stage.stage import DEFAULTS, Stage, StageOptions
+from noflush.stage.tied import Tie
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights
 
@@ -113,10 +114,14 @@ class PlainStage(Stage):
         max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
         kernel: what computes the update of noflush's own optimizers, as the block's field says.
         options: the user's.
+        ties: weights that several stages use, the same on every rank; needs a schedule without a flush.
+        tied: by number of the tie, this stage's parameter. The first of a tie's stages has it in its optimizer, and the
+            others have not.
 
     Raises:
         ScheduleError: the schedule could deadlock.
         KernelError: the kernel asked for cannot run here.
+        ValueError: a weight that another stage owns is in the optimizer.
     """
 
     def __init__(
@@ -129,6 +134,8 @@ class PlainStage(Stage):
         max_norm: float = 0.0,
         kernel: str = "auto",
         options: StageOptions = DEFAULTS,
+        ties: Sequence[Tie] = (),
+        tied: Mapping[int, nn.Parameter] | None = None,
     ) -> None:
         pipelines = pipelines or [list(range(dist.get_world_size()))]
         ranks = Ranks(pipelines, dist.get_rank(), len(pipelines))
@@ -138,6 +145,13 @@ class PlainStage(Stage):
                 groups = [dist.new_group([p[s] for p in pipelines]) for s in range(ranks.stages)]
             replicas = groups[ranks.stage]
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for number, p in (tied or {}).items():
+            if (ties[number].owner == ranks.stage) != (id(p) in learnt):
+                raise ValueError(
+                    f"stage {ranks.stage} and the tied weight {ties[number].name!r}: stage {ties[number].owner}, the "
+                    "first that uses it, must have it in its optimizer, and no other may"
+                )
         weights = PlainWeights(optimizer, replicas, Slices())
         self._module_work = ModuleWork(module, loss_fn, schedule.gas, ranks.stage == schedule.stages - 1, replicas)
         update: StageUpdate
@@ -147,7 +161,7 @@ class PlainStage(Stage):
             update = FusedUpdate(weights, chosen, max_norm, torch.float32, float(len(pipelines)))
         else:
             update = TorchUpdate(weights, max_norm, self._mean_gradients if replicas is not None else None)
-        super().__init__(schedule, ranks, device, weights, update, self._module_work, options)
+        super().__init__(schedule, ranks, device, weights, update, self._module_work, options, tied=(ties, tied or {}))
 
     def train_on(self, data: Iterator[Any]) -> Tensor:
         """One call on K micro-batches of ``data``: `Stage.train_batch`. Returns `Stage.loss`."""

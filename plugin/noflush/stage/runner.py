@@ -29,6 +29,7 @@ from noflush.stage.channels import Neighbours
 from noflush.stage.intake import Intake
 from noflush.stage.messages import Payload, PayloadSpec, TensorSpec
 from noflush.stage.payloads import check_outputs
+from noflush.stage.tied import TiedWeights
 from noflush.stage.versions import WeightRing
 from noflush.watch.trace import Recorder
 
@@ -64,6 +65,7 @@ class StageRunner:
         recorder: where events go.
         report: spec of the report tensor that travels up with the last gradient of every batch.
         posting: when receives are posted.
+        tied: weights that other stages use too.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class StageRunner:
         report: TensorSpec,
         posting: Posting,
         intake: Intake,
+        tied: TiedWeights,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -91,6 +94,8 @@ class StageRunner:
         self._agreed = False
         self._report_spec = report
         self._posting = posting
+        self._tied = tied
+        tied.carriage.follow(schedule, 0)
         self._outgoing: PayloadSpec | None = None
         self._incoming: PayloadSpec | None = None
         self._first_message = 0
@@ -141,6 +146,8 @@ class StageRunner:
         self._run(drain_order(self.schedule, self._posting, self.stage, self.calls))
         finished = self.calls * self.schedule.gas
         self._first_message += finished
+        if finished:
+            self._tied.carriage.sent(self._first_message)
         self.restart(self.first_micro_batch + finished)
 
     def restart(self, first_micro_batch: int) -> None:
@@ -149,6 +156,7 @@ class StageRunner:
         self.first_micro_batch = first_micro_batch
         self.first_version = self.ring.newest
         self.batches_finished = first_micro_batch // self.schedule.gas
+        self._tied.carriage.follow(self.schedule, self._first_message)
 
     def _run(self, order: Sequence[Action]) -> None:
         for action in order:
@@ -175,6 +183,8 @@ class StageRunner:
     def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
         assert self._outgoing is not None
         gradients = self._outgoing.gradients()
+        if self._ends_batch(m):
+            return (*gradients, self._report_spec, *self._tied.specs_up())
         return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
 
     def _ends_batch(self, m: int) -> bool:
@@ -192,7 +202,7 @@ class StageRunner:
         assert inbox is not None
         assert self._incoming is not None
         while inbox.next_to_post <= self._message(m):
-            inbox.post(self._incoming.tensors)
+            inbox.post((*self._incoming.tensors, *self._tied.specs_down(inbox.next_to_post)))
 
     def _post_grad(self, m: int) -> None:
         inbox = self.neighbours.gradients_in
@@ -204,7 +214,9 @@ class StageRunner:
         inbox = self.neighbours.activations_in
         assert inbox is not None
         assert self._incoming is not None
-        tensors = inbox.take(self._message(m))
+        taken, count = inbox.take(self._message(m)), len(self._incoming.tensors)
+        self._tied.take_down(self._message(m), taken[count:])
+        tensors = taken[:count]
         for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
             tensor.requires_grad_(spec.differentiable)
         self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
@@ -214,6 +226,7 @@ class StageRunner:
 
     def _forward(self, m: int) -> None:  # (2)
         self.ring.tag(self._global(m), self.first_version + self.schedule.version(self.stage, m))
+        self._tied.bind(self._global(m))
         outputs = self._work.run_forward(self._buffer(m), self._received)
         self._received = None
         if self.neighbours.activations_out is not None:
@@ -245,7 +258,8 @@ class StageRunner:
         outbox, payload = self.neighbours.activations_out, self._to_send
         assert outbox is not None
         assert payload is not None
-        outbox.send(self._message(m), payload if isinstance(payload, tuple) else (payload,))
+        tensors = payload if isinstance(payload, tuple) else (payload,)
+        outbox.send(self._message(m), (*tensors, *self._tied.to_send_down(self._message(m))))
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
@@ -255,7 +269,8 @@ class StageRunner:
         tensors, count = inbox.take(self._message(m)), len(self._outgoing.gradients())
         self._gradients = tensors[:count]
         if self._ends_batch(m):
-            (self._report,) = tensors[count:]
+            self._report = tensors[count]
+            self._tied.take_up(tensors[count + 1 :])
         assert self.neighbours.activations_out is not None
         assert self.neighbours.control_out is not None
         up_to = self._message(retired_by(Op.RECV_GRAD, m, 0))
@@ -265,9 +280,11 @@ class StageRunner:
     def _backward(self, m: int) -> None:  # (5)
         self.ring.bind_for_backward(self._global(m))
         self.ring.check(self._global(m))
+        self._tied.bind_again(self._global(m))
         self._work.run_backward(self._buffer(m), self._gradients)
         self._gradients = None
         self.ring.release(self._global(m))
+        self._tied.release(self._global(m))
         if self._ends_batch(m):
             self._report = self._work.make_report(self._report)
             self.batches_finished += 1
@@ -278,7 +295,7 @@ class StageRunner:
         gradients = self._work.input_gradients(self._buffer(m))
         if self._ends_batch(m):
             assert self._report is not None
-            gradients = [*gradients, self._report]
+            gradients = [*gradients, self._report, *self._tied.to_send_up()]
         elif self._reports(m, gradients):
             gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
         outbox.send(self._message(m), gradients)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from noflush.failure import last_words
 from noflush.methods.flat import Outcome
@@ -39,6 +40,7 @@ from noflush.stage.prefetch import Prefetch
 from noflush.stage.ranks import Ranks
 from noflush.stage.runner import StageRunner
 from noflush.stage.skips import UpdateGuard
+from noflush.stage.tied import Tie, TiedWeights
 from noflush.stage.update import StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
@@ -111,6 +113,7 @@ class Stage:
         update: how it updates them.
         work: what it computes.
         options: the user's.
+        tied: what `tied.TiedWeights` takes: the pipeline's ties, and of each the parameter that this stage has.
         scaler: gives the fp16 loss scaler (a checkpoint may replace it); None without fp16.
 
     Raises:
@@ -134,6 +137,7 @@ class Stage:
         work: Work,
         options: StageOptions = DEFAULTS,
         scaler: Callable[[], Any] | None = None,
+        tied: tuple[Sequence[Tie], Mapping[int, Parameter]] = ((), {}),
     ) -> None:
         backend = dist.get_backend()
         self._posting: Posting = options.posting or posting_of(backend)
@@ -166,6 +170,7 @@ class Stage:
         if neighbours.attention is not None:
             own = f"stage {self.stage} (rank {ranks.rank})"
             LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
+        self.tied = TiedWeights(tied[0], self.stage, tied[1], ranks.pipelines, ranks.rank)
         self._intake = self._make_intake(neighbours)
         self.runner = StageRunner(
             schedule,
@@ -177,6 +182,7 @@ class Stage:
             TensorSpec((layout.words,), torch.float64, False),
             self._posting,
             self._intake,
+            self.tied,
         )
         # Nobody is watched on gloo, whose waits notice by themselves.
         watched = () if backend == "gloo" else neighbours.watched
@@ -317,6 +323,8 @@ class Stage:
 
     def run_update(self) -> None:
         """`runner.StageWork`."""
+        for param, gradient in self.tied.owed():
+            self.update.add_gradient(param, gradient)
         outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale)
         self.guard.skips.note(self.calls, self.ring.newest, outcome)
         self._scale = None
@@ -357,15 +365,18 @@ class Stage:
             self.update.land(self.ring)
             self.ring.go_home()
             self.weights.point_at(self.ring.newest_flats)
+            self.tied.refresh()
         self.recorder.write()
 
-    def at_true_weights(self) -> AbstractContextManager[None]:
-        """Within, parameters are the true weights, for evaluation; on all replicas. Else they are what forwards use.
+    @contextmanager
+    def at_true_weights(self) -> Iterator[None]:
+        """Within, parameters are the newest true weights, not what forwards use: for evaluation, on all ranks.
 
-        The same without a look-ahead. Micro-batches stay in flight.
+        Micro-batches stay in flight.
         """
         flats = self.update.true_weights(self.ring)
-        return nullcontext() if flats is None else self.ring.showing(flats)
+        with nullcontext() if flats is None else self.ring.showing(flats), self.tied.showing():
+            yield
 
     def renumber(self, calls: int) -> None:
         """Numbers versions, micro-batches and calls from ``calls`` on; nothing may be in flight."""
@@ -381,6 +392,7 @@ class Stage:
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, losses not asked for.
         """
         self.renumber(calls)
+        self.tied.refresh()
         self._intake.clear()
         self.guard.restart(skipped)
         self._learnt.clear()

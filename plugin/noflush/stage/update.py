@@ -29,6 +29,9 @@ class StageUpdate(Protocol):
     def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
         """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them."""
 
+    def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """Adds what other stages found for a weight of this one's, before `run`."""
+
     def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
         """The true weights, flat as ``ring``'s versions are; None: they are the newest version (no look-ahead)."""
 
@@ -111,6 +114,14 @@ class FusedUpdate:
             self._first = False
         return outcome
 
+    def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """As `StageUpdate.add_gradient`."""
+        self._weights.collect_gradients()
+        params = [p for layout in self._weights.layouts for p in layout.params]
+        number = next(i for i, p in enumerate(params) if p is param)
+        # Some keep them flat.
+        self._weights.gradient_views()[number].view(-1).add_(gradient.reshape(-1))
+
     def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
         """As `StageUpdate.true_weights`; gathers them from the replicas."""
         if not self._rule.looks_ahead:
@@ -157,6 +168,10 @@ class TorchUpdate(NoLookAhead):
         self._weights = weights
         self._max_norm = max_norm
         self._reduce = reduce
+
+    def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
+        """As `StageUpdate.add_gradient`."""
+        param.grad = gradient if param.grad is None else param.grad + gradient
 
     @torch.no_grad()
     def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
