@@ -45,6 +45,17 @@ def test_tied_embeddings_equal_the_simulator(stages, gas, clip, tmp_path):
     assert torch.equal(results[0]["weights"][0], results[-1]["weights"][0])
 
 
+def test_muon_leaves_a_tied_embedding_to_adamw_at_its_owner(tmp_path):
+    arguments = f"{TIED} --pipeline-model-parallel-size 2 --optimizer muon"
+    run = settings(arguments, 2, tmp_path, {"async_pipeline": {"enabled": True}})
+    assert run.deepspeed["optimizer"]["type"] == "DelayAwareMuon"
+    results = run_ranks(train, 2, run=run, calls=8)
+    ((losses, weights),) = run_ranks(simulate, 1, run=run, calls=8)
+    assert results[-1]["losses"] == losses
+    for result, expected in zip(results, weights, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(result["weights"], expected, strict=True))
+
+
 def words(result):
     """A tied layer is the first of its stage, and its words are its first weight."""
     return result["weights"][0]
