@@ -230,12 +230,13 @@ def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
     learnt = None if learnt is None else list(learnt)
     empty = learnt is not None and not any(g["params"] if isinstance(g, dict) else True for g in learnt)
     own = list(kwargs["model"].parameters())
+    frozen = [p for p in own if not p.requires_grad]
     host_config = kwargs["config_class"]
     keeps_masters = host_config.zero_optimization_stage or host_config.bfloat16_config.enabled
-    if (keeps_masters or host_config.float16_config.enabled) and not any(p.requires_grad for p in own):
+    if (keeps_masters or host_config.float16_config.enabled) and (empty or len(frozen) == len(own)):
         raise ConfigError(
             [
-                f"stage {kwargs['model'].stage_id} has no parameter to train, and DeepSpeed's bf16, fp16 and ZeRO-1 "
+                f"stage {kwargs['model'].stage_id} has no parameter of its own to train, and DeepSpeed's bf16, fp16 and ZeRO-1 "
                 "optimizers need one: train in float32 without ZeRO, or move a layer that trains onto that stage "
                 "(partition_method, or fewer stages)"
             ]
@@ -243,7 +244,7 @@ def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("optimizer") is None and (empty or not own):
         from torch import nn, zeros
 
-        return {**kwargs, "model_parameters": own or [nn.Parameter(zeros(1), requires_grad=False)]}
+        return {**kwargs, "model_parameters": frozen or [nn.Parameter(zeros(1), requires_grad=False)]}
     return {**kwargs, "model_parameters": learnt}
 
 

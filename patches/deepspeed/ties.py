@@ -64,13 +64,14 @@ def ties_of(model: Any, group: Any, sums: torch.dtype) -> Ties:
 
 
 def without(params: Iterable[Any], taken: Iterable[Parameter]) -> list[Any]:
-    """Parameters, or groups of them, without those ``taken``."""
+    """Parameters, or groups of them, without those ``taken``; of a group that has no other nothing is left."""
     out = {id(p) for p in taken}
-    return [
+    found = [
         {**p, "params": [q for q in p["params"] if id(q) not in out]} if isinstance(p, dict) else p
         for p in params
         if isinstance(p, dict) or id(p) not in out
     ]
+    return [p for p in found if not isinstance(p, dict) or p["params"]]
 
 
 def disown(optimizer: Optimizer, taken: Iterable[Parameter]) -> None:
@@ -78,3 +79,5 @@ def disown(optimizer: Optimizer, taken: Iterable[Parameter]) -> None:
     out = {id(p) for p in taken}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in out]
+    # DeepSpeed's optimizers of mixed precision flatten each group, and cannot flatten nothing.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

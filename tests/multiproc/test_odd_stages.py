@@ -122,7 +122,7 @@ def refused(rank, case):
 @pytest.mark.parametrize(
     ("case", "stage", "said"),
     [
-        ("bf16", 1, "stage 1 has no parameter to train"),
+        ("bf16", 1, "stage 1 has no parameter of its own to train"),
         ("all frozen", 2, "depends on nothing that trains"),
         ("loss", 2, "the last stage's loss is a dict {'lm': a tensor"),
         ("outputs", 1, "stage 1 returned a dict {'hidden': a tensor float32"),

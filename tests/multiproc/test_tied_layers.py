@@ -211,3 +211,39 @@ def test_replicas_are_the_simulator(name):
     owned = simulator.parameters(0)["0.token.weight"]
     for _, weights in results:
         assert [torch.equal(w, owned) for of, w in weights.items() if of.endswith("token.weight")] == [True]
+
+
+def head_alone(rank, more, grouped):
+    """Stages of an embedding, a block, and the embedding as a head: the last one has nothing of its own."""
+    import deepspeed
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    def head(embedding, hidden):
+        return nn.functional.linear(hidden, embedding.weight)
+
+    sizes = GPT["vocabulary"], GPT["width"]
+    specs = [
+        TiedLayerSpec("embed", nn.Embedding, *sizes),
+        LayerSpec(nn.Linear, GPT["width"], GPT["width"]),
+        TiedLayerSpec("embed", nn.Embedding, *sizes, forward_fn=head),
+    ]
+    module = PipelineModule(layers=specs, num_stages=3, loss_fn=next_token_loss, partition_method="uniform")
+    learnt = [{"params": [*module.parameters()]}] if grouped else None
+    config = t.ds_config(2, NADAMW, {}, **more)
+    engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=learnt)
+    stream = iter(t.data(10))
+    for _ in range(4):
+        engine.train_batch(itertools.islice(stream, 2))
+    engine.drain()
+    return next(module.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_stage_may_have_nothing_but_what_it_reads(grouped):
+    owned, _, read = run_ranks(head_alone, 3, more={}, grouped=grouped)
+    assert torch.equal(owned, read)
+
+
+def test_but_deepspeeds_master_weights_need_something_of_its_own():
+    results = run_ranks(head_alone, 3, more=BF16, grouped=False, expect_errors=True)
+    assert "stage 2 has no parameter of its own to train" in results[2][1]
