@@ -236,8 +236,8 @@ def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
     if (keeps_masters or host_config.float16_config.enabled) and (empty or len(frozen) == len(own)):
         raise ConfigError(
             [
-                f"stage {kwargs['model'].stage_id} has no parameter of its own to train, and DeepSpeed's bf16, fp16 and ZeRO-1 "
-                "optimizers need one: train in float32 without ZeRO, or move a layer that trains onto that stage "
+                f"stage {kwargs['model'].stage_id} has no parameter of its own to train, and DeepSpeed's bf16, "
+                "fp16 and ZeRO-1 optimizers need one: train in float32 without ZeRO, or move a layer that trains onto that stage "
                 "(partition_method, or fewer stages)"
             ]
         )
