@@ -237,8 +237,8 @@ def _with_something_to_hold(kwargs: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             [
                 f"stage {kwargs['model'].stage_id} has no parameter of its own to train, and DeepSpeed's bf16, "
-                "fp16 and ZeRO-1 optimizers need one: train in float32 without ZeRO, or move a layer that trains onto that stage "
-                "(partition_method, or fewer stages)"
+                "fp16 and ZeRO-1 optimizers need one: train in float32 without ZeRO, or move a layer that trains onto "
+                "that stage (partition_method, or fewer stages)"
             ]
         )
     if kwargs.get("optimizer") is None and (empty or not own):

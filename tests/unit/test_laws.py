@@ -91,14 +91,13 @@ def test_pure_modules_load_neither_torch_nor_a_host():
     assert load(pure, (*HOSTS, "torch")) == ""
 
 
-def test_only_versions_and_ties_move_parameter_storage():
-    """`versions` the weights that a stage owns; `tied` those that it only reads, which no ring has."""
+def test_only_versions_moves_parameter_storage():
     movers = []
     for file in CORE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Assign):
                 movers += [file.stem for t in node.targets if isinstance(t, ast.Attribute) and t.attr == "data"]
-    assert set(movers) == {"versions", "tied"}
+    assert set(movers) == {"versions"}
 
 
 def test_every_package_folder_is_listed_for_the_wheel():

@@ -26,6 +26,7 @@ from noflush.order.posting import kept_posted
 from noflush.order.schedule import Schedule
 from noflush.stage.groups import without_splits
 from noflush.stage.messages import TensorSpec
+from noflush.stage.versions import point
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class TiedWeights:
     def bind_again(self, micro_batch: int) -> None:
         """For a backward: points the parameters at what its forward read."""
         for i, tensor in self._in_flight[micro_batch].items():
-            self._params[i].data = tensor
+            point(self._params[i], tensor)
 
     def release(self, micro_batch: int) -> None:
         """The backward is done: takes the gradients that it left."""
@@ -225,7 +226,7 @@ class TiedWeights:
         """On a drained pipeline: every reader gets the owner's weights. Collective."""
         for i, param in self._params.items():
             if self.reads(i):
-                param.data = torch.empty_like(param)
+                point(param, torch.empty_like(param))
             dist.broadcast(param.data, self._sources[i], group=self._groups[i])
             self._newest[i] = param.data
 
@@ -236,10 +237,10 @@ class TiedWeights:
         with torch.no_grad():
             for i, param in self._params.items():
                 if self.reads(i):
-                    param.data = torch.empty_like(param)
+                    point(param, torch.empty_like(param))
                 dist.broadcast(param.data, self._sources[i], group=self._groups[i])
         try:
             yield
         finally:
             for i, data in before.items():
-                self._params[i].data = data
+                point(self._params[i], data)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from noflush.stage.layout import FlatLayout, WeightVersionError
@@ -32,6 +33,11 @@ class _Slot:
     flats: list[Tensor]
     views: list[Tensor]
     version: int | None = None
+
+
+def point(param: Parameter, at: Tensor) -> None:
+    """Points ``param`` at the storage ``at``, of its shape and dtype."""
+    param.data = at
 
 
 class WeightRing:
@@ -71,7 +77,7 @@ class WeightRing:
             for param, view in zip(self.params, self._slots[0].views, strict=True):
                 if home is None:
                     view.copy_(param.data)
-                param.data = view
+                point(param, view)
 
     def _make_slot(self, flats: Sequence[Tensor] | None) -> _Slot:
         flats = list(flats) if flats is not None else [layout.new_flat() for layout in self.layouts]
@@ -113,7 +119,7 @@ class WeightRing:
             return
         slot = self._slot_of(version)
         for param, view in zip(self.params, slot.views, strict=True):
-            param.data = view
+            point(param, view)
         self._bound = version
 
     def bind_newest(self) -> None:
@@ -125,7 +131,7 @@ class WeightRing:
         """Within, every parameter points into ``flats``, laid out as the versions are; then at the newest again."""
         views = (v for layout, flat in zip(self.layouts, flats, strict=True) for v in layout.views(flat))
         for param, view in zip(self.params, views, strict=True):
-            param.data = view
+            point(param, view)
         self._bound = -1
         try:
             yield
