@@ -52,12 +52,12 @@ class Run:
 MUON = {"type": "DelayAwareMuon", "params": {}}
 RUNS = {
     "adamw": Run("AdamW, with the flush", "1f1b_flush", {"type": "PipeDreamAdamW", "params": {}}, 1e-3, "#b8a99a"),
-    "muon": Run("Muon, with the flush", "1f1b_flush", MUON, 4e-3, "#9c755f"),
+    "muon": Run("Muon, with the flush", "1f1b_flush", MUON, 1.6e-2, "#9c755f"),
     "no_flush": Run(
         "Muon looking ahead, no flush",
         "1f1b_no_flush",
         {"type": "DelayAwareMuon", "params": {"look_ahead": 0.9}},
-        4e-3,
+        8e-3,
         "#4c78a8",
     ),
 }
