@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(str(error), markup=False)
         return 1
     panels = [panel(plan, task, stages, ledger.find, args.stage_ms) for stages in plan.stages]
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "out")}
     about = [*_about(plan, task), _spent(panels, plan, task)]
     (out / "compare.md").write_text(tables.markdown(panels, task, about, args.stage_ms))
     (out / "compare.json").write_text(json.dumps(to_json(panels, settings), indent=1))
