@@ -15,12 +15,6 @@ def newton_schulz(rows: int, columns: int, steps: int = 5) -> float:
     return 2.0 * steps * (2 * m * m * n + m**3)
 
 
-def gram_newton_schulz(rows: int, columns: int, steps: int = 5) -> float:
-    """Of the Gram form: 2 m^2 n + (4 steps - 3) m^3 products for m <= n."""
-    m, n = sorted((rows, columns))
-    return 2.0 * (2 * m * m * n + (4 * steps - 3) * m**3)
-
-
 def basis_rotation(rows: int, columns: int, refresh_every: int = 10) -> float:
     """Of SOAP: covariances and rotations, and two QR factorizations with a product each every so many updates."""
     m, n = rows, columns

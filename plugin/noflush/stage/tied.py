@@ -142,11 +142,6 @@ class TiedWeights:
         """Whether this stage reads a tie's weight that another owns."""
         return number in self._params and self.ties[number].owner != self._stage
 
-    @property
-    def read(self) -> list[Parameter]:
-        """The parameters that this stage only reads."""
-        return [param for number, param in self._params.items() if self.reads(number)]
-
     # ---- down: versions ------------------------------------------------------------------------------------
 
     def specs_down(self, message: int) -> list[TensorSpec]:
