@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from noflush.config import BLOCK
 from noflush.launch.arguments.optimizer_section import set_optimizer
 from noflush.launch.arguments.pipelining import SWITCHED_ON
 from noflush.launch.arguments.settings import Batch, Optimizer, Ranks
@@ -87,6 +88,10 @@ def complete(
         _sum_in_float32(of, ds)
     _set_zero(of, ds, precision)
     set_optimizer(of, ds, optimizer, ranks)
+    if of.values["async_save"] and isinstance(ds.get(BLOCK), Mapping):
+        ds[BLOCK] = {"async_save": True, **ds[BLOCK]}
+    elif of.values["async_save"]:
+        of.notes.append(f"--async-save: without effect where {BLOCK} is not in the DeepSpeed config")
     return ds
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,9 @@ from noflush.launch.training.folder_faults import folder_faults
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.pickles import file_fault
 from noflush.launch.training.random_state import random_state, restore
-from noflush.launch.training.writing import Writing, why_not_written
-from noflush.stage.checkpoint import LATEST, PARTIAL, REPLACED, newest_complete, remove, write_latest
-
-# DeepSpeed copies these beside the checkpoints, through a link too.
-_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+from noflush.patches.deepspeed.saving import Saves
+from noflush.stage.checkpoint import LATEST, newest_complete
+from noflush.stage.not_written import NotWrittenError
 
 
 def tag_of(iteration: int) -> str:
@@ -84,64 +80,34 @@ def save(
 ) -> None:
     """Saves on all ranks; ``latest`` names the checkpoint only when every part of it is on the disk.
 
-    Raises RefusedError on every rank if a part cannot be written: ``latest`` and what it names are as before then.
+    Raises RefusedError on every rank if a part of it, or of one that was still being written, cannot be written:
+    ``latest`` and what it names are as before then.
     """
     assert settings.save is not None
-    tag = tag_of(position.iteration)
-    folder = Path(settings.save)
-    partial = folder / f"{tag}{PARTIAL}"
+    stands_at = dataclasses.replace(position)
 
-    def make_room() -> None:
-        if lock is not None:
-            lock.check()
-        remove(partial)
-        for script in _SCRIPTS:
-            if (folder / script).is_symlink():
-                remove(folder / script)
-        partial.mkdir(parents=True)
-
-    def put_in_place() -> None:
+    def finish(partial: Path) -> None:
         write_model(partial, model)
         write_tokens(partial, tokens)
-        write_position(partial, position)
+        write_position(partial, stands_at)
         write_manifest(partial)
-        # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
-        replaced = folder / f"{tag}{REPLACED}"
-        remove(replaced)
-        if os.path.lexists(folder / tag):
-            (folder / tag).rename(replaced)
-        if not os.path.lexists(folder / LATEST):
-            # The first one is named before it is in its place, so that none ever lies there that nothing names.
-            write_latest(folder, tag)
-        partial.rename(folder / tag)
-        write_latest(folder, tag)
-        remove(replaced)
 
-    def written(action: Callable[[], None]) -> Callable[[], None]:
-        def attempt() -> None:
-            try:
-                action()
-            except OSError as error:
-                raise RefusedError(why_not_written(error, error.filename or partial, folder)) from None
-
-        return attempt
-
-    on_first_rank(written(make_room))
+    on_first_rank(lock.check if lock is not None else lambda: None)
     state = {"noflush": dataclasses.asdict(position)}
     if settings.save_rng:
         state["random_state"] = random_state()
-    with Writing(engine) as writing:
-        engine.save_checkpoint(settings.save, tag=partial.name, client_state=state, save_latest=False)
-    failed = None
-    if writing.error is not None:
-        failed = why_not_written(writing.error, writing.path or partial, folder)
     try:
-        agree(failed)
-        on_first_rank(written(put_in_place))
-    except RefusedError:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        if hasattr(engine, "saves"):
+            engine.save_checkpoint(settings.save, tag_of(position.iteration), state, finish=finish)
+        else:
+            Saves(engine, background=False, places=dist.get_rank() == 0).save(
+                lambda tag: engine.save_checkpoint(settings.save, tag=tag, client_state=state, save_latest=False),
+                settings.save,
+                tag_of(position.iteration),
+                finish=finish,
+            )
+    except NotWrittenError as error:
+        raise RefusedError(str(error), everywhere=True) from None
 
 
 def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None:

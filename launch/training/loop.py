@@ -33,6 +33,7 @@ from noflush.launch.training.log_line import (
 )
 from noflush.launch.training.stop import Stop
 from noflush.launch.training.writers import Writers, chosen
+from noflush.stage.not_written import NotWrittenError
 
 
 def say(line: str) -> None:
@@ -101,6 +102,8 @@ class Training:
         if reason is None and steps.eval_iterations:
             for name, dataset in (("validation", self._valid), ("test", self._test)):
                 self._evaluate(name, dataset, self.position.iteration)
+        if hasattr(self.engine, "finish_saves"):
+            self._finish_saves()
         if self._writers:
             self._writers.close()
         return reason
@@ -166,7 +169,14 @@ class Training:
             self._saved_at = self.position.iteration
             if dist.get_rank() == 0:
                 where = f"{self.settings.checkpoints.save}/{checkpoint.tag_of(self.position.iteration)}"
-                say(f"saved {where} in {time.perf_counter() - begin:.1f} s")
+                verb = "saving" if settings.block is not None and settings.block.async_save else "saved"
+                say(f"{verb} {where}; training stood still for {time.perf_counter() - begin:.1f} s")
+
+    def _finish_saves(self) -> None:
+        try:
+            self.engine.finish_saves()
+        except NotWrittenError as error:
+            raise RefusedError(str(error), everywhere=True) from None
 
     def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:
         """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""

@@ -69,6 +69,11 @@ def faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
         faults.append(
             "zero_optimization.elastic_checkpoint is true: DeepSpeed cannot load what it then saves; take it out"
         )
+    if at(ds, "checkpoint", "writer", "decoupled"):
+        faults.append(
+            "checkpoint.writer.decoupled is true: DeepSpeed waits for that writer before an update, which no stage "
+            "may; take it out, and set async_pipeline.async_save"
+        )
     if at(ds, "amp", "enabled"):
         faults.append("amp.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
     if at(ds, "curriculum_learning", "enabled") or at(ds, "data_efficiency", "enabled"):

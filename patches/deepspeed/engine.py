@@ -11,11 +11,11 @@ import atexit
 import inspect
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.pipe import TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
@@ -27,9 +27,9 @@ from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
 from noflush.patches.deepspeed import in_flight
 from noflush.patches.deepspeed.assembly import make_stage
+from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
 from noflush.stage import snapshot
-from noflush.stage.checkpoint import write_latest
 from noflush.stage.late_reader import LateReader
 from noflush.stage.messages import StageFigures
 from noflush.stage.payloads import check_batch
@@ -52,6 +52,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     Attributes:
         has_one_norm: whether all stages share one gradient norm.
         evaluating: whether `eval_batch` is running.
+        saves: its checkpoints on their way to the disk.
         batch_of_stage: the micro-batch that is about to go forward.
         loss_names: of the module's additional losses.
 
@@ -95,6 +96,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.is_pipe_partitioned = self.is_grad_partitioned = False
         self._nf_stage, updated_by = make_stage(self, block, schedule, self._nf_slices(), 1 + len(self.loss_names))
         self.agg_train_loss = self._nf_stage.loss
+        places = self.local_rank if self.use_node_local_storage() else self.global_rank
+        self.saves = Saves(self, block.async_save, places == 0)
         if block.trace_dir:
             atexit.register(self._nf_stage.recorder.write)
         if self.global_rank == 0:
@@ -281,6 +284,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     # ---- reports -----------------------------------------------------------------------------------------
 
     def _nf_after_call(self) -> None:
+        self.saves.poll()
         every = self.steps_per_print()
         due = every is not None and self.global_steps % every == 0
         if due:
@@ -342,14 +346,30 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.module.train(was_training)
 
     def save_checkpoint(
-        self, save_dir: str, tag: str | None = None, client_state: Any = None, save_latest: bool = True, **kwargs: Any
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        finish: Callable[[Path], None] = lambda partial: None,
+        **kwargs: Any,
     ) -> Any:
         """As DeepSpeed's, on every rank; the checkpoint loads in stock DeepSpeed.
 
         Nothing drains: what is in flight is saved beside DeepSpeed's files (`in_flight`), training goes on as if
         nothing had been saved, and so does a run that resumes. Where that cannot be (weights ``latest``; rank 0 says
-        so once), it drains first. ``latest`` names the checkpoint once every rank's part is written (DeepSpeed's rank
-        0 writes it after its own), and is never seen half-written.
+        so once), it drains first.
+
+        The checkpoint is written beside, and put in its place once every rank's part is on the disk; then ``latest``
+        names it. With ``async_save`` this returns once all has been copied into host memory, and the checkpoint is put
+        in place during a later call, or by `finish_saves`.
+
+        Args:
+            save_dir, tag, client_state, save_latest, kwargs: as DeepSpeed's.
+            finish: called on rank 0 with the folder that holds all files, before it is put in place.
+
+        Raises:
+            NotWrittenError: on every rank, of this checkpoint or the one that was still being written.
         """
         stage = self._nf_stage
         why = snapshot.why_not_taken(stage)
@@ -360,16 +380,28 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.drain()
         self._nf_write_events(before=sys.maxsize)
         stage.guard.saved_to = save_dir
-        tag = str(tag or f"global_step{self.global_steps}")
-        with stage.on_duty():
+
+        def collect(name: str) -> Any:
             stage.share_scaler()
             with stage.at_true_weights():
-                result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
-            in_flight.save(self, Path(save_dir) / tag)
-            dist.barrier()
-        if save_latest and self.global_rank == 0:
-            write_latest(save_dir, tag)
-        return result
+                result = super(NoFlushEngine, self).save_checkpoint(
+                    save_dir, name, client_state or {}, save_latest=False, **kwargs
+                )
+            in_flight.save(self, Path(save_dir) / name)
+            return result
+
+        with stage.on_duty():
+            return self.saves.save(
+                collect, save_dir, str(tag or f"global_step{self.global_steps}"), save_latest, finish
+            )
+
+    def finish_saves(self) -> None:
+        """Waits until a checkpoint that is being written (``async_save``) is in its place. Collective.
+
+        Raises NotWrittenError on every rank if it could not be written.
+        """
+        with self._nf_stage.on_duty():
+            self.saves.finish()
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
@@ -384,6 +416,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         Raises:
             CheckpointError: some ranks' files of what was in flight are missing.
         """
+        self.finish_saves()
         self.drain()
         rule = self._nf_stage.weights.rule
         kept = dict(rule.state)

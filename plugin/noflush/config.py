@@ -74,6 +74,10 @@ class AsyncPipelineConfig:
     """Updates a stage may skip in a row, for gradients that are not finite, before the run saves a checkpoint and
     ends. A dynamic loss scale adds 20 x (stage 0's lag in batches + 4), for the scale to fall."""
 
+    async_save: bool = False
+    """Whether `save_checkpoint` returns once all has been copied into host memory, and a thread writes it while
+    training goes on. Else it returns when all is on the disk."""
+
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
 

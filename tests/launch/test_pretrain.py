@@ -86,8 +86,7 @@ def test_real_data_evaluation_monitors_and_resuming_at_the_sample(corpus, tmp_pa
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert newest_complete(save) == "global_step10"
 
-    # It saves too, for that drains: the last evaluations would else see other weights than the whole run's.
-    again = f"{common} --train-iters 10 --load {save} --ckpt-step 6 --save {tmp_path}/again"
+    again = f"{common} --train-iters 10 --load {save} --ckpt-step 6"
     resumed = Run(arguments(tmp_path, again), 2, tmp_path, "resumed")
     after = finish(resumed)
     assert "at iteration 6" in resumed.text(0)

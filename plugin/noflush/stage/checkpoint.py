@@ -29,6 +29,7 @@ def write_whole(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(scratch, path)
+        sync(path.parent)
     except OSError:
         scratch.unlink(missing_ok=True)
         raise
@@ -40,6 +41,45 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Returns when what was written to the file or folder ``path`` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_room(folder: str | Path, tag: str) -> Path:
+    """An empty folder in ``folder`` for the files of checkpoint ``tag``, until `put_in_place`."""
+    partial = Path(folder) / f"{tag}{PARTIAL}"
+    remove(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def put_in_place(folder: str | Path, tag: str, latest: bool = True) -> None:
+    """The files of ``tag``, all written, become the checkpoint of that name, and the newest one if ``latest``.
+
+    A kill at any moment leaves a checkpoint that is whole, and named if one was. On the disk when this returns.
+    """
+    at = Path(folder)
+    partial, replaced = at / f"{tag}{PARTIAL}", at / f"{tag}{REPLACED}"
+    sync(partial)
+    # One of this name may be there, and be the newest complete one: it goes when the new one is in its place.
+    remove(replaced)
+    if os.path.lexists(at / tag):
+        (at / tag).rename(replaced)
+    if latest and not os.path.lexists(at / LATEST):
+        # The first one is named before it is in its place, so that none ever lies there that nothing names.
+        write_latest(at, tag)
+    partial.rename(at / tag)
+    sync(at)
+    if latest:
+        write_latest(at, tag)
+    remove(replaced)
 
 
 def write_latest(folder: str | Path, tag: str) -> None:

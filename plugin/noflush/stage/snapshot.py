@@ -10,6 +10,7 @@ script's data and random numbers go on, which is the script's to save.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -79,19 +80,22 @@ def take(stage: Stage) -> dict[str, Any]:
 
 
 def to_host(value: Any, known: dict[int, Tensor] | None = None) -> Any:
-    """``value`` with copies on the CPU of all tensors in it; a tensor that occurs twice is copied once."""
+    """A copy of ``value`` with all tensors in it on the CPU; a tensor that occurs twice is copied once."""
     known = {} if known is None else known
     if isinstance(value, Tensor):
         if id(value) not in known:
             known[id(value)] = value.detach().to("cpu", copy=True).contiguous()
         return known[id(value)]
     if isinstance(value, dict):
-        return {key: to_host(item, known) for key, item in value.items()}
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = to_host(item, known)
+        return copied
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_host(item, known) for item in value))
     if isinstance(value, (tuple, list)):
         return type(value)(to_host(item, known) for item in value)
-    return value
+    return copy.deepcopy(value)
 
 
 def resume(stage: Stage, snapshot: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's files while they are written: a rank whose disk is full must not leave the others waiting."""
+"""Why a checkpoint could not be written, in one message: which file, the reason, what is still there, what to do."""
 
 from __future__ import annotations
 
@@ -6,51 +6,18 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from noflush.stage.checkpoint import PARTIAL, newest_complete, remove
 
 _PROBE = 1 << 20
 
 
-class Writing:
-    """While it is entered, ``engine`` goes on when a file cannot be written, and `error` and `path` say so afterwards.
-
-    DeepSpeed's ranks wait for each other between their files; one that raised there would be waited for in vain.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self.error: Exception | None = None
-        self.path: str | None = None
-        self._watched = (engine.checkpoint_engine, "save"), (engine, "_copy_recovery_script")
-
-    def __enter__(self) -> Writing:
-        for owner, name in self._watched:
-            setattr(owner, name, self._keeping(getattr(owner, name)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for owner, name in self._watched:
-            delattr(owner, name)
-
-    def _keeping(self, write: Any) -> Any:
-        def attempt(*args: Any, **kwargs: Any) -> Any:
-            if self.error is not None:
-                return None
-            try:
-                return write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:
-                self.error, self.path = error, kwargs.get("path") or str(args[-1])
-                return None
-
-        return attempt
+class NotWrittenError(OSError):
+    """A checkpoint that could not be written, on every rank; those before it are as they were."""
 
 
 def why_not_written(error: Exception, path: str | Path, folder: Path) -> str:
-    """One message: which file, why, how much room there is, what is still there, and what to do."""
+    """The message, for ``path`` in the folder of checkpoints."""
     reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else _probed(folder)
     if reason is None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
