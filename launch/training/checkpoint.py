@@ -149,8 +149,8 @@ def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None
         ) from error
     if state is None:
         raise RefusedError(f"{name} is incomplete; name another with --ckpt-step")
-    if settings.load_rng and "random_state" in state:
-        restore(state["random_state"])
+    if settings.load_rng and "random_state" in state and not getattr(engine, "recut", False):
+        restore(state["random_state"])  # of another shape's stages they are nobody's
     if settings.finetune:
         return Position()
     if "noflush" not in state:
@@ -191,13 +191,6 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
         faults.append(
             f"--load {settings.load}: the checkpoint has {slices} tensor-parallel slices, and "
             f"--tensor-model-parallel-size is {ranks.tensor}; convert it by convert_checkpoint.py --to-hf and --from-hf"
-        )
-    files = len(list(checkpoint.glob("mp_rank_*_model_states.pt")))
-    stages = files // max(1, slices)
-    if files and slices == ranks.tensor and stages != ranks.pipeline and not (checkpoint / WEIGHTS_ALONE).exists():
-        faults.append(
-            f"--load {settings.load}: the checkpoint is of {stages} stages, and --pipeline-model-parallel-size is "
-            f"{ranks.pipeline}; its weights can be converted by convert_checkpoint.py --to-hf and --from-hf"
         )
     free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
     # What weights were drawn by says nothing of those that were loaded.

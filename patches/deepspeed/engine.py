@@ -25,7 +25,7 @@ from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed import in_flight
+from noflush.patches.deepspeed import in_flight, recut
 from noflush.patches.deepspeed.assembly import make_stage
 from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
@@ -51,6 +51,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     Attributes:
         has_one_norm: whether all stages share one gradient norm.
+        recut: whether the checkpoint that was loaded last was of other stages or replicas.
         evaluating: whether `eval_batch` is running.
         saves: its checkpoints on their way to the disk.
         batch_of_stage: the micro-batch that is about to go forward.
@@ -89,7 +90,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
-        self._nf_updated = self._nf_said = False
+        self._nf_updated = self._nf_said = self.recut = False
         self.loss_names = tuple(self.module.get_additional_losses() or ())
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
@@ -381,12 +382,15 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_write_events(before=sys.maxsize)
         stage.guard.saved_to = save_dir
 
+        state = dict(client_state or {})
+        if not stage.weights.has_masters:
+            groups = stage.weights.rule.param_groups
+            state[recut.PARAMETERS] = [self.param_names[p] for group in groups for p in group["params"]]
+
         def collect(name: str) -> Any:
             stage.share_scaler()
             with stage.at_true_weights():
-                result = super(NoFlushEngine, self).save_checkpoint(
-                    save_dir, name, client_state or {}, save_latest=False, **kwargs
-                )
+                result = super(NoFlushEngine, self).save_checkpoint(save_dir, name, state, save_latest=False, **kwargs)
             in_flight.save(self, Path(save_dir) / name)
             return result
 
@@ -413,8 +417,10 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
 
+        A checkpoint of other stages or replicas is re-cut by layer (`recut`), and the pipeline fills anew.
+
         Raises:
-            CheckpointError: some ranks' files of what was in flight are missing.
+            CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
         """
         self.finish_saves()
         self.drain()
@@ -422,21 +428,32 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         kept = dict(rule.state)
         if isinstance(rule, DelayAwareOptimizer):
             rule.forget_weights()
-        self._nf_loads_shards = self.using_bf16_optimizer
-        try:
-            result = super().load_checkpoint(*args, **kwargs)
-        finally:
-            self._nf_loads_shards = False
-        if result[0] is None:  # nothing was loaded
-            rule.state.update(kept)
-        if isinstance(rule, DelayAwareOptimizer):
-            rule.adopt_state()
-        stage = self._nf_stage
-        stage.restart(self.global_steps, self.skipped_steps)
         asked = inspect.signature(PipelineEngine.load_checkpoint).bind(self, *args, **kwargs)
         asked.apply_defaults()
-        alone = asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]
-        if result[0] is not None and not alone:
+        wanted = asked.arguments
+        alone = wanted["load_module_only"] or not wanted["load_optimizer_states"]
+        folder = recut.asked_for(wanted["load_dir"], wanted["tag"])
+        there = None if self.load_universal_checkpoint() else recut.other_shape(self, folder)
+        self.recut = there is not None
+        if there is not None:
+            assert folder is not None
+            client = recut.load(self, folder, there, not alone, wanted["load_module_strict"])
+            result = str(folder / "of another shape"), client
+        else:
+            self._nf_loads_shards = self.using_bf16_optimizer
+            try:
+                result = super().load_checkpoint(*args, **kwargs)
+            finally:
+                self._nf_loads_shards = False
+            if result[0] is None:  # nothing was loaded
+                rule.state.update(kept)
+            elif result[1] is not None:
+                result[1].pop(recut.PARAMETERS, None)
+            if isinstance(rule, DelayAwareOptimizer):
+                rule.adopt_state()
+        stage = self._nf_stage
+        stage.restart(self.global_steps, self.skipped_steps)
+        if result[0] is not None and there is None and not alone:
             in_flight.load(self, Path(result[0]).parent)
             self.skipped_steps = stage.skipped
         self.agg_train_loss = stage.loss

@@ -49,7 +49,12 @@ def load(engine: Any, folder: str | Path) -> bool:
     """
     stage = engine.pipeline_stage
     path = path_of(folder, _replica(engine), _part(engine))
+    there = path_of(folder, 0, _part(engine))
     found = engine.checkpoint_engine.load(str(path), map_location="cpu") if path.is_file() else None
+    if found is None and there.is_file():
+        other = engine.checkpoint_engine.load(str(there), map_location="cpu")
+        if other["replicas"] <= _replica(engine):  # it had no such replica, and is not put back anyway
+            found = other
     why = None if found is None else snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (None if found is not None else path.name, why))
@@ -70,7 +75,7 @@ def load(engine: Any, folder: str | Path) -> bool:
     if found is None or reasons:
         return False
     if _replica(engine):
-        first = engine.checkpoint_engine.load(str(path_of(folder, 0, _part(engine))), map_location="cpu")
+        first = engine.checkpoint_engine.load(str(there), map_location="cpu")
         found["ring"]["versions"] = first["ring"]["versions"]
     snapshot.resume(stage, found)
     return True

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from noflush.methods.flat import FlatGroup
-from noflush.stage.layout import layout_within
+from noflush.stage.layout import FlatLayout, layout_within
 from noflush.stage.slices import Slices
 from noflush.stage.weights import OwnGradients, PlainWeights, Weights
 
@@ -61,6 +61,12 @@ class _MasterWeights:
     def shards(self, flats: Sequence[Tensor]) -> list[Tensor]:
         return [
             flat.narrow(0, self._rank * m.numel(), m.numel()) for flat, m in zip(flats, self._masters(), strict=True)
+        ]
+
+    def master_shards(self) -> list[tuple[Tensor, int, FlatLayout]]:
+        """This replica's shard of each group, where it begins in the group's flat tensor, and the layout of that."""
+        return [
+            (m.data, self._rank * m.numel(), layout) for m, layout in zip(self._masters(), self.layouts, strict=True)
         ]
 
     def after_first_update(self) -> None:

@@ -1,0 +1,181 @@
+"""A checkpoint goes on with other stages or replicas: weights, masters and moments, by the names of parameters.
+
+With the flush the number of stages changes no number, so the run that goes on without a change is the oracle, to the
+bit; without it, the delay simulator started from the checkpoint's own state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+
+import pytest
+import torch
+
+from noflush.demo.gpt import next_token_loss, split_by_blocks
+from noflush.methods import DelayAwareNAdamW
+from noflush.order.schedule import Schedule
+from noflush.simulate import DelaySimulator
+from tests.multiproc import training as t
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = pytest.mark.multiproc
+
+MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
+NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-3}}
+SOAP = {"type": "DelayAwareSOAP", "params": {"lr": 3e-3, "refresh_every": 3}}
+WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 20}}}
+ZERO = {"zero_optimization": {"stage": 1}}
+BF16 = {"bf16": {"enabled": True}}
+FLUSH = {"schedule": "1f1b_flush"}
+SAVED, CALLS = 4, 8
+CASES = {
+    "NAdamW": (t.NADAMW, {}),
+    "torch's AdamW": (t.ADAMW, {}),
+    "NAG": (NAG, {}),
+    "SOAP": (SOAP, {}),
+    "bf16, Muon": (MUON, BF16),
+    "ZeRO-1": (t.NADAMW, ZERO),
+    "ZeRO-1, AdamW of torch's": (t.ADAMW, ZERO),
+}
+
+
+def losses_of(engine, data, calls):
+    return [engine.train_batch(data).item() for _ in range(calls)]
+
+
+def save_and_go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES), drained=False):
+    found = {}
+    for name in names:
+        optimizer, more = CASES[name]
+        engine = t.build(stages, t.ds_config(gas, optimizer, block, **WARM_UP, **more))
+        replicas = engine.dp_world_size
+        data = itertools.islice(
+            iter(t.data(CALLS * gas * replicas)), engine.grid.get_data_parallel_rank(), None, replicas
+        )
+        before = losses_of(engine, data, SAVED)
+        if drained:
+            engine.drain()
+        engine.save_checkpoint(f"{folder}/{name}", client_state={"words": "of the script"})
+        found[name] = before, losses_of(engine, data, CALLS - SAVED), engine.get_lr()
+    return found
+
+
+def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
+    found, said = {}, []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("noflush").addHandler(handler)
+    for name in names:
+        optimizer, more = CASES[name]
+        engine = t.build(stages, t.ds_config(gas, optimizer, block, **WARM_UP, **more))
+        replicas = engine.dp_world_size
+        losses_of(engine, iter(t.data(2 * gas, seed=9)), 2)
+        _, client = engine.load_checkpoint(f"{folder}/{name}")
+        assert client["words"] == "of the script"
+        assert (engine.global_steps, engine.updates) == (SAVED, SAVED)
+        data = iter(t.data(CALLS * gas * replicas))
+        data = itertools.islice(data, SAVED * gas * replicas + engine.grid.get_data_parallel_rank(), None, replicas)
+        losses = losses_of(engine, data, CALLS - SAVED)
+        with contextlib.suppress(AttributeError):
+            engine.drain()
+        found[name] = losses, engine.get_lr(), [p.detach().clone() for p in engine.module.parameters()]
+    return found, [record.getMessage() for record in said if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("stages", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_other_stages_change_no_number_of_a_run_that_flushes(stages, tmp_path):
+    whole = run_ranks(save_and_go_on, 4, timeout=200, folder=str(tmp_path), stages=4)[-1]
+    results = run_ranks(go_on, stages, timeout=200, folder=str(tmp_path), stages=stages)
+    for name in CASES:
+        losses, rate, _ = results[-1][0][name]
+        assert losses == whole[name][1], name
+        assert rate[0] == whole[name][2][0], name
+    lines = results[0][1]
+    assert len(lines) == len(CASES)
+    assert f"was written by 4 stages: re-cut by layer for {stages} stages of 1; the pipeline fills anew" in lines[0]
+    assert "written by 4 stages of 1 replicas" in lines[-1]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_other_replicas_too(before, after, tmp_path):
+    """The same samples, in other sums: equal to a float's rounding."""
+    names = ("ZeRO-1", "NAdamW")
+    more = {"folder": str(tmp_path), "stages": 2, "names": names}
+    whole = run_ranks(save_and_go_on, 2 * before, gas=2 // before, **more)[-1]
+    results = run_ranks(go_on, 2 * after, gas=2 // after, **more)
+    for name in names:
+        assert results[-1][0][name][0] == pytest.approx(whole[name][1], abs=1e-5)
+        assert results[-1][0][name][0] != whole[name][0]
+
+
+def presets(folder, parts):
+    """What a stage's optimizer starts from: state by name, from the files of all old stages."""
+    states = {}
+    for path in sorted(folder.glob("mp_rank_*_model_states.pt")):
+        file = torch.load(path, weights_only=False)
+        states |= {file["noflush_parameters"][n]: state for n, state in file["optimizer"]["state"].items()}
+    flat = [layer for part in parts for layer in part]
+    for number, layer in enumerate(flat):
+        layer.load_state_dict(torch.load(next(folder.glob(f"layer_{number:02d}-*")), weights_only=False))
+    names = iter([f"{number}.{name}" for number, layer in enumerate(flat) for name, _ in layer.named_parameters()])
+
+    def make_optimizer(params):
+        params = list(params)
+        rule = DelayAwareNAdamW(params, lr=1e-3, betas=(0.99, 0.999), weight_decay=0.01)
+        for p in params:
+            rule.state[p] = {key: value.clone() for key, value in states[next(names)].items()}
+        return rule
+
+    return make_optimizer
+
+
+def save_constant_rate(rank, folder):
+    engine = t.build(4, t.ds_config(1, RATE, {}))
+    losses_of(engine, iter(t.data(SAVED)), SAVED)
+    engine.drain()
+    engine.save_checkpoint(folder)
+
+
+def go_on_at_a_constant_rate(rank, folder, stages):
+    engine = t.build(stages, t.ds_config(1, RATE, {}))
+    engine.load_checkpoint(folder)
+    losses = losses_of(engine, itertools.islice(iter(t.data(12)), SAVED, None), 12 - SAVED)
+    engine.drain()
+    return losses, [p.detach().clone() for p in engine.module.parameters()]
+
+
+RATE = {"type": "DelayAwareNAdamW", "params": {"lr": 1e-3, "betas": [0.99, 0.999], "weight_decay": 0.01}}
+
+
+def test_without_a_flush_it_goes_on_as_the_simulator_does_from_that_state(tmp_path):
+    run_ranks(save_constant_rate, 4, folder=str(tmp_path))
+    results = run_ranks(go_on_at_a_constant_rate, 2, folder=str(tmp_path), stages=2)
+    parts = split_by_blocks(t.layers(), 2)
+    simulator = DelaySimulator(parts, next_token_loss, presets(tmp_path / "global_step4", parts), Schedule(2, 1))
+    losses = [simulator.train_micro_batch(*batch).item() for batch in t.data(12)[SAVED:]]
+    simulator.drain()
+    assert results[-1][0] == losses
+    for stage, (_, weights) in enumerate(results):
+        for got, want in zip(weights, simulator.parameters(stage).values(), strict=True):
+            assert torch.equal(got, want)
+
+
+def refused(rank, folder, name, stages):
+    optimizer, more = (SOAP, ZERO) if name == "SOAP" else CASES[name]
+    engine = t.build(stages, t.ds_config(2, optimizer, FLUSH, **more))
+    engine.load_checkpoint(f"{folder}/{name}")
+
+
+def save_soap(rank, folder):
+    engine = t.build(2, t.ds_config(2, SOAP, FLUSH, **ZERO))
+    losses_of(engine, iter(t.data(4)), 2)
+    engine.save_checkpoint(f"{folder}/SOAP")
+
+
+def test_what_cannot_be_recut_is_refused(tmp_path):
+    run_ranks(save_soap, 4, folder=str(tmp_path))
+    for kind, message in run_ranks(refused, 2, expect_errors=True, folder=str(tmp_path), name="SOAP", stages=2):
+        assert kind == "CheckpointError"
+        assert "lies in a shard by matrices, and cannot be re-cut" in message
