@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 
 from noflush.stage.checkpoint import newest_complete
+from tests.launch.megatron import NADAMW
+from tests.launch.processes import Run
+from tests.launch.test_pretrain import arguments
+from tests.launch.test_pretrain import finish as plain_finish
 from tests.launch.test_tied import finish, launched
 
 pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(280)]
@@ -27,3 +31,15 @@ def test_a_run_that_is_stopped_and_goes_on_has_the_losses_of_one_that_is_left_al
     for at in (7, 5):
         again = launched(tmp_path, stages, f"{common} --load {tmp_path}/save --ckpt-step {at}")
         assert finish(again, stages, tmp_path, f"{at}")[0] == {n: alone[n] for n in range(at + 1, 13)}, at
+
+
+def test_a_run_goes_on_with_other_stages(tmp_path):
+    """With the flush, where stages change no number: the losses of the run that keeps its four."""
+    config = {"optimizer": NADAMW, "async_pipeline": {"enabled": True, "schedule": "1f1b_flush"}}
+    saves = f"--mock-data --pipeline-model-parallel-size 4 --train-iters 8 --save {tmp_path}/save --save-interval 5"
+    four = Run(arguments(tmp_path, saves, config), 4, tmp_path, "four")
+    losses = plain_finish(four)
+    more = f"--mock-data --pipeline-model-parallel-size 2 --train-iters 8 --load {tmp_path}/save --ckpt-step 5"
+    two = Run(arguments(tmp_path, more, config), 2, tmp_path, "two")
+    assert plain_finish(two) == {n: losses[n] for n in (6, 7, 8)}
+    assert "re-cut by layer for 2 stages" in two.text(0)
