@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lint demo test test-all test-slurm faults check bench bench-gpu paper format clean
+.PHONY: setup lint demo test test-all test-slurm faults check bench bench-gpu soak paper format clean
 
 setup: $(READY)
 
@@ -60,6 +60,10 @@ bench: setup
 	$(BIN)/python tests/bench/pipeline.py --stages 2 --gas 1 --forward-ms 0 --backward-ms 0 --record
 	$(BIN)/python tests/bench/update.py --device cpu --record
 	$(BIN)/python tests/bench/update.py --device cpu --model bf16 --record
+
+# 20,000 updates with saves, evaluations and kills, against as many that are left alone; half an hour on two cores.
+soak: setup
+	$(BIN)/python tests/bench/soak.py --record
 
 # Everything that needs a GPU, in eight minutes at most; docs/bench-gpu.md says how to read it.
 bench-gpu: setup

@@ -1,6 +1,6 @@
 """How long a checkpoint and an evaluation hold up a pipeline that never flushes, in times of a micro-batch.
 
-    python tests/bench/pauses.py --stages 4 --megabytes 16
+    python tests/bench/pauses.py --stages 4 --megabytes 4
 
 Compute is a sleep inside the real engine (forward 20 ms, backward 40 ms); a stage has ``--megabytes`` of weights, and
 NAdam's state three times as much. Turns of ``--calls`` calls follow each other without a barrier, one of each kind a
@@ -95,7 +95,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = {"stages": 4, "gas": 1, "megabytes": 16, "eval": 8, "calls": 60, "rounds": 5}
+    numbers = {"stages": 4, "gas": 1, "megabytes": 4, "eval": 8, "calls": 60, "rounds": 5}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--forward-ms", type=float, default=20)
