@@ -14,6 +14,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from noflush.methods.table import METHODS
+from noflush.order.clipping import ClipName
 from noflush.order.policies import PolicyName
 from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName
 
@@ -50,7 +51,7 @@ class AsyncPipelineConfig:
     extra_in_flight: int = 0
     """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
 
-    clip: Literal["stage", "global"] = "stage"
+    clip: ClipName = "stage"
     """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
     by the norm of all stages' gradients, which exists with schedule ``1f1b_flush`` alone."""
 

@@ -29,18 +29,16 @@ class NonFiniteGradients(RuntimeError):
 
 
 class SkippedUpdates:
-    """Counts a stage's skipped updates, and keeps its newest norm.
+    """Counts a stage's skipped updates.
 
     Attributes:
         total: since the start, that of loaded checkpoints included.
         in_a_row: the newest of them without a finite update between.
-        norm: gradient norm of the newest update that was counted; nan before any.
     """
 
     def __init__(self) -> None:
         self.total = 0
         self.in_a_row = 0
-        self.norm = math.nan
         self._outcomes = LateReader()
 
     def note(self, call: int, update: int, outcome: Outcome) -> None:
@@ -52,7 +50,6 @@ class SkippedUpdates:
         skipped = []
         for update, (norm, flag) in self._outcomes.take(before):
             self.in_a_row = self.in_a_row + 1 if flag else 0
-            self.norm = norm
             if flag:
                 self.total += 1
                 skipped.append((update, norm))
