@@ -8,8 +8,10 @@ Attributes of its own are prefixed ``_nf_``, because DeepSpeed's class is large 
 from __future__ import annotations
 
 import atexit
+import inspect
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,10 @@ from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
+from noflush.patches.deepspeed import in_flight
 from noflush.patches.deepspeed.assembly import make_stage
 from noflush.patches.deepspeed.whole_matrices import arrange
+from noflush.stage import snapshot
 from noflush.stage.checkpoint import write_latest
 from noflush.stage.late_reader import LateReader
 from noflush.stage.messages import BatchNorm, StageFigures
@@ -85,7 +89,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
-        self._nf_updated = False
+        self._nf_updated = self._nf_said = False
         self.loss_names = tuple(self.module.get_additional_losses() or ())
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
@@ -201,12 +205,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         if data_iter is not None:
             self.set_dataiterator(data_iter)
         stage = self._nf_stage
-        if not stage.runner.calls and stage.calls != self.global_steps:
+        if stage.calls != self.global_steps:
             # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
+            if stage.runner.calls:
+                self.drain()
             stage.renumber(self.global_steps)
-        self.module.train()
-        self._compute_loss = True
-        self.fwd_outputs: list[Any] = []
+        self.ready_to_train()
         self._nf_updated = False
         with stage.on_duty():
             try:
@@ -237,6 +241,12 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     # ---- what its `EngineWork` asks of this engine ----------------------------------------------------------
 
+    def ready_to_train(self) -> None:
+        """What DeepSpeed sets before a batch."""
+        self.module.train()
+        self._compute_loss = True
+        self.fwd_outputs: list[Any] = []
+
     def _next_batch(self) -> Any:
         if not self.evaluating:
             return self.batch_of_stage
@@ -252,19 +262,26 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             samples = self._nf_samples_after(self._nf_stage.updates)
             self._nf_events.append(("Train/Samples/lr", self.get_lr()[0], samples))
         if self.lr_scheduler is not None:
-            try:
-                self.lr_scheduler.step()
-            except TypeError:  # Megatron's schedulers count samples
-                self.lr_scheduler.step(self._nf_samples_per_call)
+            self.step_schedule()
+
+    def step_schedule(self) -> None:
+        """The learning-rate schedule goes on by an update."""
+        try:
+            self.lr_scheduler.step()
+        except TypeError:  # Megatron's schedulers count samples
+            self.lr_scheduler.step(self._nf_samples_per_call)
 
     def heard(self, step: int, report: Tensor) -> None:
         """The losses of call ``step`` are known here (for `work`)."""
+        self._nf_show(report)
+        if self.global_rank == 0 and self.monitor.enabled:
+            self._nf_losses.put(self.global_steps, self._nf_samples_after(step), report[:1])
+
+    def _nf_show(self, report: Tensor) -> None:
         self.agg_train_loss = report[0].float()
         if self.loss_names:
             values = report[1 : 1 + len(self.loss_names)].float()
             self.agg_additional_losses = OrderedDict(zip(self.loss_names, values, strict=True))
-        if self.global_rank == 0 and self.monitor.enabled:
-            self._nf_losses.put(self.global_steps, self._nf_samples_after(step), report[:1])
 
     def _nf_samples_after(self, batch: int) -> int:
         """Samples up to batch number ``batch``; all batches since the newest finished call's are of one size."""
@@ -337,16 +354,29 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def save_checkpoint(
         self, save_dir: str, tag: str | None = None, client_state: Any = None, save_latest: bool = True, **kwargs: Any
     ) -> Any:
-        """As DeepSpeed's, after `drain`: on every rank; the checkpoint loads in stock DeepSpeed.
+        """As DeepSpeed's, on every rank; the checkpoint loads in stock DeepSpeed.
 
-        ``latest`` names it once every rank's part is written (DeepSpeed's rank 0 writes it after its own), and is
-        never seen half-written.
+        Nothing drains: what is in flight is saved beside DeepSpeed's files (`in_flight`), training goes on as if
+        nothing had been saved, and so does a run that resumes. Where that cannot be (weights ``latest``; rank 0 says
+        so once), it drains first. ``latest`` names the checkpoint once every rank's part is written (DeepSpeed's rank
+        0 writes it after its own), and is never seen half-written.
         """
-        self.drain()
-        self._nf_stage.guard.saved_to = save_dir
+        stage = self._nf_stage
+        why = snapshot.why_not_taken(stage)
+        if why is not None:
+            if not self._nf_said and self.global_rank == 0:
+                _say(f"noflush: every save drains the pipeline, because {why}")
+            self._nf_said = True
+            self.drain()
+        self._nf_write_events(before=sys.maxsize)
+        stage.guard.saved_to = save_dir
         tag = str(tag or f"global_step{self.global_steps}")
-        with self._nf_stage.on_duty():
-            result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
+        with stage.on_duty():
+            stage.share_scaler()
+            with stage.at_true_weights():
+                result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
+            if why is None:
+                in_flight.save(self, Path(save_dir) / tag)
             dist.barrier()
         if save_latest and self.global_rank == 0:
             write_latest(save_dir, tag)
@@ -355,8 +385,15 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
 
+        What was in flight is put back, if the optimizer is loaded too and the schedule is the same (else rank 0 says
+        what differs, and the pipeline fills anew): the run goes on as if it had never stopped, given that the script
+        goes on with the data after those of ``global_steps`` calls, and restores its random numbers after this call.
+
         As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
+
+        Raises:
+            CheckpointError: some ranks' files of what was in flight are missing.
         """
         self.drain()
         rule = self._nf_stage.weights.rule
@@ -372,8 +409,17 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             rule.state.update(kept)
         if isinstance(rule, DelayAwareOptimizer):
             rule.adopt_state()
-        self._nf_stage.restart(self.global_steps, self.skipped_steps)
-        self.agg_train_loss = self._nf_stage.loss
+        stage = self._nf_stage
+        stage.restart(self.global_steps, self.skipped_steps)
+        asked = inspect.signature(PipelineEngine.load_checkpoint).bind(self, *args, **kwargs)
+        asked.apply_defaults()
+        alone = asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]
+        if result[0] is not None and not alone:
+            in_flight.load(self, Path(result[0]).parent)
+            self.skipped_steps = stage.skipped
+        self.agg_train_loss = stage.loss
+        if stage.reports.newest is not None:
+            self._nf_show(stage.reports.newest)
         return result
 
     def zero_optimization(self) -> bool:

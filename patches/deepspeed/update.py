@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ class WrappedUpdate(NoLookAhead):
         engine: reduces gradients.
     """
 
+    gives_sums = False
+
     def __init__(self, weights: Weights, engine: Any) -> None:
         self._weights = weights
         self._engine = engine
@@ -30,6 +33,14 @@ class WrappedUpdate(NoLookAhead):
     def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
         """As `StageUpdate.add_gradient`: `config` has refused tied layers with these optimizers."""
         raise AssertionError(f"{type(self._weights).__name__} takes no gradient of another stage's")
+
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate.sums`: they lie in the optimizer's own buckets."""
+        raise AssertionError(f"{type(self._weights.optimizer).__name__} gives no gradients out")
+
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """As `StageUpdate.set_sums`."""
+        raise AssertionError(f"{type(self._weights.optimizer).__name__} takes no gradients in")
 
     @torch.no_grad()
     def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
@@ -78,3 +89,25 @@ class TiedFirst:
     def land(self, ring: WeightRing) -> None:
         """As `StageUpdate`."""
         self._update.land(ring)
+
+    def take_off(self, ring: WeightRing, published: Sequence[Tensor]) -> None:
+        """As `StageUpdate`."""
+        self._update.take_off(ring, published)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """As `StageUpdate`."""
+        return self._update.looks_ahead
+
+    @property
+    def gives_sums(self) -> bool:
+        """As `StageUpdate`."""
+        return self._update.gives_sums
+
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate`."""
+        return self._update.sums()
+
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """As `StageUpdate`."""
+        self._update.set_sums(sums)

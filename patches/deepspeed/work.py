@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from noflush.methods.flat import Outcome
 from noflush.stage.messages import Payload
 from noflush.stage.payloads import check_loss
+from noflush.stage.random_numbers import random_state, set_random_state, undisturbed
 
 _NO_LOSS = object()
 
@@ -91,6 +95,23 @@ class EngineWork:
             losses /= self._engine.dp_world_size
         return losses.double()
 
+    def random_state(self) -> Any:
+        """As `Work.random_state`: torch's, and DeepSpeed's tracker of them, which Megatron's layers draw from too."""
+        tracker = checkpointing.get_cuda_rng_tracker().get_states()
+        return {**random_state(torch.device(self._engine.device)), "tracker": tracker}
+
+    def set_random_state(self, state: Any) -> None:
+        """As `Work.set_random_state`."""
+        set_random_state(state, torch.device(self._engine.device))
+        checkpointing.get_cuda_rng_tracker().set_states(state["tracker"])
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """As `Work.replaying`."""
+        with undisturbed(self._engine.module, self):
+            self._engine.ready_to_train()
+            yield
+
     def updated(self, outcome: Outcome) -> None:
         """As `Work.updated`."""
         self._engine.updated(outcome)
@@ -100,5 +121,6 @@ class EngineWork:
         self._engine.heard(step, report)
 
     def save_stopped(self, folder: str, tag: str) -> None:
-        """As `Work.save_stopped`."""
+        """As `Work.save_stopped`: without what is in flight, which led to where the run ends."""
+        self._engine.drain()
         self._engine.save_checkpoint(folder, tag=tag, save_latest=False)

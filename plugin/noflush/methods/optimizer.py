@@ -337,6 +337,12 @@ class DelayAwareOptimizer(Optimizer):
         for w, t, flat in zip(weights, into, self._flat, strict=True):
             t.copy_(w if flat.true is None else flat.true)
 
+    def keep_true(self, weights: Sequence[Tensor]) -> None:
+        """The true weights are ``weights``, and what forwards use will be put in their place: the inverse of `land`."""
+        for w, flat in zip(weights, self._flat, strict=True):
+            if look_ahead.steps(self.param_groups[flat.where.group], self.place.delay):
+                flat.true = w.clone()
+
     def land(self) -> None:
         """The weights are the true ones now: `true_weights` was written into all of them."""
         for flat in self._flat:

@@ -71,13 +71,28 @@ class Outbox:
     def send(self, index: int, tensors: Sequence[Tensor]) -> None:
         """Starts sending message ``index``; the tensors must not be written until it is retired."""
         # Conjugated and negated lazily, a tensor has no bytes of its own to show.
-        payload = [as_wire(t.detach().resolve_conj().resolve_neg().contiguous()) for t in tensors]
+        self._start(index, [as_wire(t.detach().resolve_conj().resolve_neg().contiguous()) for t in tensors])
+
+    def _start(self, index: int, payload: list[Tensor]) -> None:
         try:
             works = [dist.isend(t, dst=self._peer.rank, group=self._peer.group) for t in payload if t.numel()]
         except RuntimeError as error:
             raise lost(self._peer, f"sending {self._kind} {index} to", error, time.monotonic()) from error
         self._open.append((index, payload, [w for w in works if w is not None]))
         self.sent += 1
+
+    def send_again(self, index: int, payload: Sequence[Tensor]) -> None:
+        """Sends message ``index`` as `untaken` gave it."""
+        self._start(index, [t.to(self.device) for t in payload])
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest message that is not retired; -1 without one."""
+        return self._open[-1][0] if self._open else -1
+
+    def untaken(self, first: int) -> list[tuple[int, list[Tensor]]]:
+        """(index, tensors as they travel) of the messages from number ``first`` on; they stay."""
+        return [(index, payload) for index, payload, _ in self._open if index >= first]
 
     def retire(self, up_to: int) -> None:
         """Forgets messages with index <= ``up_to``, which the peer is known to have consumed."""
@@ -126,6 +141,16 @@ class Inbox:
                     works.append(work)
         self._posted.append((self.next_to_post, tensors, works))
         self.next_to_post += 1
+
+    def posted_specs(self) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
+        """Of every receive that waits for its message the (shape, dtype) of its tensors, as they travel."""
+        wires = ([as_wire(t) for t in tensors] for _, tensors, _ in self._posted)
+        return [[(tuple(t.shape), t.dtype) for t in tensors] for tensors in wires]
+
+    def renumber(self, following: int) -> None:
+        """The next message to be posted has number ``following``; none may be posted."""
+        assert not self._posted
+        self.next_to_post = following
 
     def take(self, index: int) -> list[Tensor]:
         """Message ``index``, which was posted; on gloo blocks until it is here. Raises PeerError."""

@@ -71,10 +71,23 @@ class Intake:
         """Forgets micro-batches that were kept after `DataExhausted`."""
         self._pending.clear()
 
-    def take_skipped(self) -> tuple[int, ...]:
+    @property
+    def skipped(self) -> tuple[int, ...]:
         """Skipped batches that were told in calls that raised, and that nobody has heard yet."""
+        return self._skipped
+
+    def take_skipped(self) -> tuple[int, ...]:
+        """`skipped`, which are heard now."""
         heard, self._skipped = self._skipped, ()
         return heard
+
+    def resume(self, skipped: tuple[int, ...]) -> None:
+        """``skipped`` of a checkpoint are still to be heard."""
+        self._skipped = skipped
+
+    def again(self, batch: Any) -> Any:
+        """A micro-batch that `next` gave in the run that wrote a checkpoint, brought to the device anew."""
+        return self._prefetch.take(self._prefetch.start(batch))
 
     def begin(self, call: int, message: int, mine: Notices) -> None:
         """A call is about to be opened: the steps that `control.opening_order` names follow, and then `settle`.

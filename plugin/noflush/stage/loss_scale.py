@@ -12,7 +12,7 @@ One scale for the whole pipeline cannot be agreed on without draining it, so the
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Scaler(Protocol):
@@ -61,6 +61,20 @@ class TravellingScale:
             if self._scaler.cur_scale < before:
                 self._generation += 1
         self._fresh, self._overflow = True, False
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes; the scaler is saved by whose it is."""
+        return {
+            "generation": self._generation,
+            "generations": dict(self._generations),
+            "overflow": self._overflow,
+            "fresh": self._fresh,
+        }
+
+    def resume(self, snapshot: dict[str, Any]) -> None:
+        """Puts a `snapshot` back."""
+        self._generation, self._generations = snapshot["generation"], dict(snapshot["generations"])
+        self._overflow, self._fresh = snapshot["overflow"], snapshot["fresh"]
 
     def hear(self, batch: int) -> None:
         """Some stage skipped its update of ``batch``."""

@@ -306,6 +306,17 @@ class BatchReports:
         """The newest batch's loss scale; None before any."""
         return None if self.newest is None else float(self.newest[self.layout.scale])
 
+    def without_request(self, report: Tensor) -> Tensor:
+        """``report``, in which nobody asks for the run to stop: for a checkpoint, whose next run is to go on."""
+        report = report.clone()
+        report[self.layout.stop] = math.nan
+        return report
+
     def clear(self) -> None:
         """Forgets what was read, after a checkpoint was loaded."""
         self.newest = self.step = None
+
+    def resume(self, newest: Tensor | None, step: int | None) -> None:
+        """The newest report is ``newest``, that of call ``step``, in a checkpoint that was loaded."""
+        self.newest = None if newest is None else newest.to(self._device)
+        self.step = step

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +77,20 @@ class PipelineNorm:
         self._square = self._known = None
         self._told.clear()
         self._arriving.clear()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes, for a checkpoint of a full pipeline."""
+        return {
+            "square": self._square,
+            "arriving": self._arriving.snapshot(),
+            "norms": [one and (one.step, one.norm) for one in (self.newest, self._known)],
+            "told": dict(self._told),
+        }
+
+    def resume(self, snapshot: dict[str, Any], device: torch.device) -> None:
+        """Puts a `snapshot` back; ``device``: where the stage computes."""
+        square = snapshot["square"]
+        self._square = None if square is None else square.to(device)
+        self._arriving.resume(snapshot["arriving"])
+        self.newest, self._known = (one and BatchNorm(*one) for one in snapshot["norms"])
+        self._told = dict(snapshot["told"])

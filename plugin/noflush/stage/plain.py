@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from noflush.order.schedule import Schedule
 from noflush.stage.groups import without_splits
 from noflush.stage.messages import Payload
 from noflush.stage.payloads import check_loss
+from noflush.stage.random_numbers import random_state, set_random_state, undisturbed
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
 from noflush.stage.stage import DEFAULTS, Stage, StageOptions
@@ -49,6 +51,7 @@ class ModuleWork:
         self.batches: Iterator[Any] = iter(())
         self.gas = gas
         self._module, self._loss_fn, self._last, self._replicas = module, loss_fn, last, replicas
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._buffers: dict[int, tuple[Payload | None, Payload]] = {}
         self._losses: list[Tensor] = []
 
@@ -91,6 +94,20 @@ class ModuleWork:
             dist.all_reduce(mean, group=self._replicas)
             mean /= dist.get_world_size(self._replicas)
         return mean.double()
+
+    def random_state(self) -> Any:
+        """As `Work.random_state`: torch's own."""
+        return random_state(self._device)
+
+    def set_random_state(self, state: Any) -> None:
+        """As `Work.set_random_state`."""
+        set_random_state(state, self._device)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """As `Work.replaying`."""
+        with undisturbed(self._module, self):
+            yield
 
     def updated(self, outcome: Outcome) -> None:
         """Nothing."""

@@ -15,7 +15,7 @@ first one also says what activations will be (SS, RS).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from noflush.watch.trace import Recorder
 class StageWork(Protocol):
     """What the actions of a stage mean. ``buffer`` numbers a place for one micro-batch in flight."""
 
-    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+    def run_forward(self, micro_batch: int, buffer: int, received: Payload | None) -> Payload:
         """Loads what the stage reads from data, runs forward; returns the outputs."""
 
     def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
@@ -112,7 +112,7 @@ class StageRunner:
             Op.SEND_GRAD: self._send_grad,
             Op.RECV_GRAD: self._recv_grad,
             Op.POST_ACTIVATION: self._post_activation,
-            Op.POST_GRAD: self._post_grad,
+            Op.POST_GRAD: self.post_gradients,
             Op.SEND_SPEC: self._send_spec,
             Op.RECV_SPEC: self._recv_spec,
             Op.OPEN: intake.open,
@@ -139,7 +139,7 @@ class StageRunner:
     @property
     def next_message(self) -> int:
         """Number of the activation message with which the next call starts."""
-        return self._message(self.calls * self.schedule.gas)
+        return self.message(self.calls * self.schedule.gas)
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight; a new segment starts with the next call."""
@@ -158,6 +158,34 @@ class StageRunner:
         self.batches_finished = first_micro_batch // self.schedule.gas
         self._tied.carriage.follow(self.schedule, self._first_message)
 
+    # ---- for checkpoints -----------------------------------------------------------------------------------
+
+    @property
+    def specs(self) -> tuple[PayloadSpec | None, PayloadSpec | None]:
+        """What was agreed of the activations that come and go; None: nothing yet, or no such link."""
+        return self._incoming, self._outgoing
+
+    def position(self) -> dict[str, Any]:
+        """Where the stage stands, for `stand_at`."""
+        return {
+            "calls": self.calls,
+            "first_micro_batch": self.first_micro_batch,
+            "first_version": self.first_version,
+            "first_message": self._first_message,
+            "batches_finished": self.batches_finished,
+            "agreed": self._agreed,
+            "specs": [spec and spec.to_words() for spec in self.specs],
+        }
+
+    def stand_at(self, position: dict[str, Any]) -> None:
+        """Goes on from ``position``, once what was in flight there has been put back."""
+        for name in ("calls", "first_micro_batch", "first_version", "batches_finished"):
+            setattr(self, name, position[name])
+        self._first_message, self._agreed = position["first_message"], position["agreed"]
+        found = (None if words is None else PayloadSpec.from_words(words) for words in position["specs"])
+        self._incoming, self._outgoing = found
+        self.ring.bind_newest()
+
     def _run(self, order: Sequence[Action]) -> None:
         for action in order:
             _, op, index = action
@@ -170,24 +198,28 @@ class StageRunner:
             self.recorder.end(op, first + index, begun)
         self.ring.bind_newest()
 
-    def _global(self, m: int) -> int:
+    def number(self, m: int) -> int:
+        """Micro-batch ``m`` of the segment as it is counted from the run's start."""
         return self.first_micro_batch + m
 
-    def _buffer(self, m: int) -> int:
+    def buffer(self, m: int) -> int:
+        """Where micro-batch ``m`` of the segment is kept while it is in flight."""
         return m % self.schedule.in_flight(self.stage)
 
-    def _message(self, m: int) -> int:
+    def message(self, m: int) -> int:
+        """Number of the messages of micro-batch ``m`` of the segment."""
         # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
         return self._first_message + m
 
     def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
         assert self._outgoing is not None
         gradients = self._outgoing.gradients()
-        if self._ends_batch(m):
+        if self.ends_batch(m):
             return (*gradients, self._report_spec, *self._tied.specs_up())
         return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
 
-    def _ends_batch(self, m: int) -> bool:
+    def ends_batch(self, m: int) -> bool:
+        """Whether micro-batch ``m`` of the segment is the last of its batch."""
         return (m + 1) % self.schedule.gas == 0
 
     def _reports(self, m: int, gradients: Sequence[object]) -> bool:
@@ -195,39 +227,37 @@ class StageRunner:
 
         A message of nothing would not say that its activation has been taken.
         """
-        return self._ends_batch(m) or not gradients
+        return self.ends_batch(m) or not gradients
 
     def _post_activation(self, m: int) -> None:
         inbox = self.neighbours.activations_in
         assert inbox is not None
         assert self._incoming is not None
-        while inbox.next_to_post <= self._message(m):
+        while inbox.next_to_post <= self.message(m):
             inbox.post((*self._incoming.tensors, *self._tied.specs_down(inbox.next_to_post)))
 
-    def _post_grad(self, m: int) -> None:
+    def post_gradients(self, m: int) -> None:
+        """Posts the receives of all gradients up to that of micro-batch ``m`` of the segment."""
         inbox = self.neighbours.gradients_in
         assert inbox is not None
-        while inbox.next_to_post <= self._message(m):
+        while inbox.next_to_post <= self.message(m):
             inbox.post(self._gradient_specs(inbox.next_to_post - self._first_message))
 
     def _recv_activation(self, m: int) -> None:  # (1)
         inbox = self.neighbours.activations_in
         assert inbox is not None
         assert self._incoming is not None
-        taken, count = inbox.take(self._message(m)), len(self._incoming.tensors)
-        self._tied.take_down(self._message(m), taken[count:])
-        tensors = taken[:count]
-        for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
-            tensor.requires_grad_(spec.differentiable)
-        self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
+        taken, count = inbox.take(self.message(m)), len(self._incoming.tensors)
+        self._tied.take_down(self.message(m), taken[count:])
+        self._received = as_inputs(taken[:count], self._incoming)
         if self.neighbours.gradients_out is not None:
             up_to = retired_by(Op.RECV_ACTIVATION, m, self.schedule.lag_in_call(self.stage - 1))
-            self.neighbours.gradients_out.retire(self._message(up_to))
+            self.neighbours.gradients_out.retire(self.message(up_to))
 
     def _forward(self, m: int) -> None:  # (2)
-        self.ring.tag(self._global(m), self.first_version + self.schedule.version(self.stage, m))
-        self._tied.bind(self._global(m))
-        outputs = self._work.run_forward(self._buffer(m), self._received)
+        self.ring.tag(self.number(m), self.first_version + self.schedule.version(self.stage, m))
+        self._tied.bind(self.number(m))
+        outputs = self._work.run_forward(self.number(m), self.buffer(m), self._received)
         self._received = None
         if self.neighbours.activations_out is not None:
             check_outputs(outputs, self.stage)
@@ -240,7 +270,7 @@ class StageRunner:
             self._outgoing = spec
         elif spec != self._outgoing:
             raise ValueError(
-                f"stage {self.stage} made {spec} of micro-batch {self._global(m)}, but {self._outgoing} was agreed "
+                f"stage {self.stage} made {spec} of micro-batch {self.number(m)}, but {self._outgoing} was agreed "
                 "with the first one: every micro-batch must have one shape; drop the last partial batch "
                 "(drop_last=True) or pad"
             )
@@ -248,7 +278,7 @@ class StageRunner:
     def _send_spec(self, m: int) -> None:
         assert self._outgoing is not None
         assert self.neighbours.control_out is not None
-        self.neighbours.control_out.send(self._outgoing.to_words(), before=self._message(m))
+        self.neighbours.control_out.send(self._outgoing.to_words(), before=self.message(m))
 
     def _recv_spec(self, m: int) -> None:
         assert self.neighbours.control_in is not None
@@ -259,47 +289,54 @@ class StageRunner:
         assert outbox is not None
         assert payload is not None
         tensors = payload if isinstance(payload, tuple) else (payload,)
-        outbox.send(self._message(m), (*tensors, *self._tied.to_send_down(self._message(m))))
+        outbox.send(self.message(m), (*tensors, *self._tied.to_send_down(self.message(m))))
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
         inbox = self.neighbours.gradients_in
         assert inbox is not None
         assert self._outgoing is not None
-        tensors, count = inbox.take(self._message(m)), len(self._outgoing.gradients())
+        tensors, count = inbox.take(self.message(m)), len(self._outgoing.gradients())
         self._gradients = tensors[:count]
-        if self._ends_batch(m):
+        if self.ends_batch(m):
             self._report = tensors[count]
             self._tied.take_up(tensors[count + 1 :])
         assert self.neighbours.activations_out is not None
         assert self.neighbours.control_out is not None
-        up_to = self._message(retired_by(Op.RECV_GRAD, m, 0))
+        up_to = self.message(retired_by(Op.RECV_GRAD, m, 0))
         self.neighbours.activations_out.retire(up_to)
         self.neighbours.control_out.retire(up_to)
 
     def _backward(self, m: int) -> None:  # (5)
-        self.ring.bind_for_backward(self._global(m))
-        self.ring.check(self._global(m))
-        self._tied.bind_again(self._global(m))
-        self._work.run_backward(self._buffer(m), self._gradients)
+        self.ring.bind_for_backward(self.number(m))
+        self.ring.check(self.number(m))
+        self._tied.bind_again(self.number(m))
+        self._work.run_backward(self.buffer(m), self._gradients)
         self._gradients = None
-        self.ring.release(self._global(m))
-        self._tied.release(self._global(m))
-        if self._ends_batch(m):
+        self.ring.release(self.number(m))
+        self._tied.release(self.number(m))
+        if self.ends_batch(m):
             self._report = self._work.make_report(self._report)
             self.batches_finished += 1
 
     def _send_grad(self, m: int) -> None:  # (6)
         outbox = self.neighbours.gradients_out
         assert outbox is not None
-        gradients = self._work.input_gradients(self._buffer(m))
-        if self._ends_batch(m):
+        gradients = self._work.input_gradients(self.buffer(m))
+        if self.ends_batch(m):
             assert self._report is not None
             gradients = [*gradients, self._report, *self._tied.to_send_up()]
         elif self._reports(m, gradients):
             gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
-        outbox.send(self._message(m), gradients)
+        outbox.send(self.message(m), gradients)
 
     def _update(self, update: int) -> None:  # (7)
         self._work.run_update()
         self._report = None
+
+
+def as_inputs(received: list[Tensor], spec: PayloadSpec) -> Payload:
+    """What the stage before sent, as its outputs were."""
+    for tensor, of in zip(received, spec.tensors, strict=True):
+        tensor.requires_grad_(of.differentiable)
+    return tuple(received) if spec.is_tuple else received[0]

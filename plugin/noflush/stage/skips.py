@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ class SkippedUpdates:
         """Counts on from a loaded checkpoint's ``total``."""
         self._outcomes.clear()
         self.total, self.in_a_row = total, 0
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes."""
+        return {"total": self.total, "in_a_row": self.in_a_row, "outcomes": self._outcomes.snapshot()}
+
+    def resume(self, snapshot: dict[str, Any]) -> None:
+        """Puts a `snapshot` back."""
+        self.total, self.in_a_row = snapshot["total"], snapshot["in_a_row"]
+        self._outcomes.resume(snapshot["outcomes"])
 
 
 class UpdateGuard:
@@ -168,3 +178,20 @@ class UpdateGuard:
         self._untold = ()
         self._reports.clear()
         self._in_a_row = [0]
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes. Whether the run is to stop is not in it: the next one is not."""
+        return {
+            "skips": self.skips.snapshot(),
+            "untold": self._untold,
+            "in_a_row": self._in_a_row,
+            "reports": [
+                (call, batch, [*in_a_row, math.nan]) for call, batch, (*in_a_row, _) in self._reports.snapshot()
+            ],
+        }
+
+    def resume(self, snapshot: dict[str, Any]) -> None:
+        """Puts a `snapshot` back."""
+        self.skips.resume(snapshot["skips"])
+        self._untold, self._in_a_row = tuple(snapshot["untold"]), list(snapshot["in_a_row"])
+        self._reports.resume(snapshot["reports"])

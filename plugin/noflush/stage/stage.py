@@ -30,6 +30,7 @@ from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
+from noflush.stage.heard import Heard
 from noflush.stage.intake import Intake
 from noflush.stage.late_notice import LateNotice
 from noflush.stage.loss_scale import TravellingScale
@@ -39,6 +40,7 @@ from noflush.stage.peer_watch import PeerWatch
 from noflush.stage.pipeline_norm import PipelineNorm
 from noflush.stage.prefetch import Prefetch
 from noflush.stage.ranks import Ranks
+from noflush.stage.replay import Sent, empty_links, replay
 from noflush.stage.runner import StageRunner
 from noflush.stage.skips import UpdateGuard
 from noflush.stage.tied import Tie, TiedWeights
@@ -49,7 +51,7 @@ from noflush.watch.device_time import DeviceTimes
 from noflush.watch.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
-_LOSSES_KEPT = 1000
+Forward = tuple[int, dict[str, Any]]
 
 
 class Work(Protocol):
@@ -72,6 +74,15 @@ class Work(Protocol):
 
     def batch_losses(self) -> Tensor:
         """At the last stage, after a batch: its mean losses over micro-batches and replicas, float64 [n]."""
+
+    def random_state(self) -> Any:
+        """What layers draw their random numbers from now: tensors and plain values."""
+
+    def set_random_state(self, state: Any) -> None:
+        """Puts back what `random_state` gave."""
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """Within, forwards are those of a run that goes on from a checkpoint: they train, and nothing else is moved."""
 
     def updated(self, outcome: Outcome) -> None:
         """An update was made."""
@@ -127,7 +138,9 @@ class Stage:
         calls: calls made, those of a loaded checkpoint included.
         figures: of this stage and all before it, as told with the newest call's header.
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
-        skipped_batches: batches that this stage has heard were skipped, by itself or a stage before it.
+        heard: of the run's batches.
+        forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
+            "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
     """
 
     def __init__(
@@ -151,11 +164,10 @@ class Stage:
         self.calls = 0
         self.figures: tuple[StageFigures, ...] = ()
         self.stop_requested = False
-        self.skipped_batches = 0
-        self._newly_skipped: set[int] = set()
+        self.heard = Heard()
+        self.forwards: deque[Forward] = self._room_for_forwards()
         self._scale: Tensor | float | None = None
         self._scale_owner: TravellingScale | None = None
-        self._learnt: deque[tuple[int, Tensor]] = deque(maxlen=_LOSSES_KEPT)
         layout = ReportLayout(options.losses, schedule.stages)
         self.reports = BatchReports(layout, self.stage, device)
         clock = DeviceTimes() if device.type == "cuda" else None
@@ -229,6 +241,11 @@ class Stage:
         """Updates that this stage has skipped for gradients that were not finite."""
         return self.guard.skips.total
 
+    @property
+    def skipped_batches(self) -> int:
+        """Batches that this stage has heard were skipped, by itself or a stage before it."""
+        return self.heard.skipped
+
     def request_stop(self) -> None:
         """Asks for the run to stop; any rank may, also from a signal handler.
 
@@ -248,9 +265,7 @@ class Stage:
 
         Of what is never asked for the newest 1000 are kept. Waits for the device.
         """
-        learnt = {step: float(loss) for step, loss in self._learnt}
-        self._learnt.clear()
-        return learnt
+        return self.heard.take_losses()
 
     # ---- a call ------------------------------------------------------------------------------------------
 
@@ -300,19 +315,18 @@ class Stage:
         if self._scale_owner is not None:
             for batch in batches:
                 self._scale_owner.hear(batch)
-        news = set(batches) - self._newly_skipped
-        self.skipped_batches += len(news)
-        horizon = self.calls - 2 * self.guard.horizon
-        self._newly_skipped = {batch for batch in self._newly_skipped | news if batch >= horizon}
+        self.heard.of_skipped(batches, self.calls - 2 * self.guard.horizon)
 
     # ---- what the runner's actions mean ------------------------------------------------------------------
 
-    def run_forward(self, buffer: int, received: Payload | None) -> Payload:
+    def run_forward(self, micro_batch: int, buffer: int, received: Payload | None) -> Payload:
         """`runner.StageWork`."""
         batch = None
         if self._intake.reads:
             batch = self._intake.next()
             check_batch(batch, self.stage, self.schedule.stages)
+        if self.forwards.maxlen:
+            self.forwards.append((micro_batch, {"random": self.work.random_state(), "batch": batch}))
         return self.work.forward(buffer, received, batch)
 
     def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
@@ -350,7 +364,7 @@ class Stage:
         squares = report[reports.layout.squares] = self.norm.add_to(report[reports.layout.squares])
         if self.stage == 0:
             self.norm.arrived(self.calls, step - 1, squares)
-        self._learnt.append((step, report[0].float()))
+        self.heard.loss(step, report[0].float())
         guard.hear(self.calls, step, report)
         self.work.heard(step, report)
         return report
@@ -407,7 +421,73 @@ class Stage:
         self.tied.refresh()
         self._intake.clear()
         self.guard.restart(skipped)
-        self._learnt.clear()
+        self.heard.forget_losses()
+
+    # ---- checkpoints of a full pipeline (`snapshot`) ---------------------------------------------------------
+
+    def _room_for_forwards(self) -> deque[Forward]:
+        live = self.schedule.backward_sees_live_weights
+        return deque(maxlen=0 if live else self.schedule.lag(self.stage))
+
+    def told(self) -> dict[str, Any]:
+        """What has been told and heard, and waits to be read or handed on; for `hear_again`."""
+        return {
+            "calls": self.calls,
+            "guard": self.guard.snapshot(),
+            "norm": self.norm.snapshot(),
+            "unheard": self._intake.skipped,
+            "scale": self._scale_owner and self._scale_owner.snapshot(),
+            "heard": self.heard.snapshot(),
+            "report": (self.reports.newest, self.reports.step),
+        }
+
+    def hear_again(self, told: dict[str, Any]) -> None:
+        """Puts back what `told` gave."""
+        self.calls = told["calls"]
+        self.guard.resume(told["guard"])
+        self.norm.resume(told["norm"], self.device)
+        self._intake.resume(tuple(told["unheard"]))
+        if self._scale_owner is not None and told["scale"] is not None:
+            self._scale_owner.resume(told["scale"])
+        self.heard.resume(told["heard"])
+        self.reports.resume(*told["report"])
+
+    def without_request(self, message: Sent) -> Sent:
+        """A gradient message whose report, if it has one, asks for no stop."""
+        m, tensors, place = message
+        if place is not None:
+            tensors = [*tensors[:place], self.reports.without_request(tensors[place]), *tensors[place + 1 :]]
+        return m, tensors, place
+
+    def put_back(
+        self,
+        position: dict[str, Any],
+        tied: dict[str, Any],
+        sent: list[Sent],
+        forwards: list[tuple[int, dict[str, Any]]],
+    ) -> None:
+        """Stands at ``position`` with what was in flight there; on all ranks, of a drained pipeline."""
+        with self.recorder.outside_calls(), self.on_duty(), self.work.replaying():
+            empty_links(self.runner.neighbours, self.stage, self._tell_all)
+            self.runner.stand_at(position)
+            self.tied.resume(tied, self.device)
+            self.forwards.clear()
+            noted = dict(forwards)
+
+            def forward(number: int, buffer: int, received: Payload | None) -> Payload:
+                note = noted[number]
+                batch = None if note["batch"] is None else self._intake.again(note["batch"])
+                self.forwards.append((number, {**note, "batch": batch}))
+                self.work.set_random_state(note["random"])
+                return self.work.forward(buffer, received, batch)
+
+            replay(self.runner, self.tied, self._posting, sent, forward)
+
+    def _tell_all(self, mine: Any) -> list[Any]:
+        told: list[Any] = [mine] * self.schedule.stages
+        if self.schedule.stages > 1:
+            dist.all_gather_object(told, mine, group=self.ranks.group)
+        return told
 
     def change_gas(self, gas: int) -> None:
         """Another K, on all ranks at the same call: drains, and fills anew with the next call.
@@ -419,6 +499,7 @@ class Stage:
         self.drain()
         self.schedule = self.runner.schedule = schedule
         self.ring.grow(schedule.versions_alive(self.stage))
+        self.forwards = self._room_for_forwards()
         self._intake.set_gas(gas)
         self.guard.follow(schedule)
         self._tell_methods()
@@ -447,13 +528,20 @@ class Stage:
         So a checkpoint holds one scaler, and a resumed run scales as this one goes on to.
         """
         mine = [*self.guard.take_untold(), *self._intake.take_skipped()]
-        told: list[Any] = [None] * self.schedule.stages
-        dist.all_gather_object(told, mine, group=self.ranks.group)
+        told = self._tell_all(mine)
         self._hear_of_skipped(tuple(sorted({batch for batches in told for batch in batches})))
         if self._scale_owner is not None:
             self._scale_owner.settle()
-        dist.all_gather_object(told, vars(scaler), group=self.ranks.group)
-        vars(scaler).update(told[-1])
+        self.share_scaler()
+
+    def share_scaler(self) -> None:
+        """Every stage's fp16 scaler is the last one's from here on; on all ranks.
+
+        Between two calls nobody but the last stage uses his: a checkpoint shall hold one.
+        """
+        if self._scaler is not None:
+            scaler = self._scaler()
+            vars(scaler).update(self._tell_all(vars(scaler))[-1])
 
 
 def _mark() -> Any:

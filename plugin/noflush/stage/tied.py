@@ -98,6 +98,15 @@ class Carriage:
         """So many messages have been sent in all: receives beyond them may be posted already."""
         self._posted = max(self._posted, messages + self._kept)
 
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes."""
+        return {"rules": list(self._rules), "posted": self._posted, "kept": self._kept}
+
+    def resume(self, snapshot: dict[str, Any]) -> None:
+        """Puts a `snapshot` back."""
+        self._rules = [(first, gas, tuple(firsts)) for first, gas, firsts in snapshot["rules"]]
+        self._posted, self._kept = snapshot["posted"], snapshot["kept"]
+
     def carries(self, message: int, tie: int) -> bool:
         """Whether message number ``message`` brings the weight of tie number ``tie``."""
         _, gas, firsts = next(rule for rule in reversed(self._rules) if rule[0] <= message)
@@ -213,6 +222,24 @@ class TiedWeights:
         for i, tie in enumerate(self.ties):
             if tie.owner == self._stage and i in self._from_below:
                 yield self._params[i], self._from_below.pop(i)
+
+    # ---- for checkpoints -----------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `resume` takes."""
+        return {
+            "newest": dict(self._newest),
+            "in_flight": {m: dict(read) for m, read in self._in_flight.items()},
+            "sums": dict(self._sums),
+            "carriage": self.carriage.snapshot(),
+        }
+
+    def resume(self, snapshot: dict[str, Any], device: torch.device) -> None:
+        """Puts a `snapshot` back, after `refresh`; ``device``: the stage's."""
+        self._newest = {i: t.to(device) for i, t in snapshot["newest"].items()}
+        self._sums = {i: t.to(device) for i, t in snapshot["sums"].items()}
+        self._in_flight = {m: {i: t.to(device) for i, t in read.items()} for m, read in snapshot["in_flight"].items()}
+        self.carriage.resume(snapshot["carriage"])
 
     # ---- between calls -------------------------------------------------------------------------------------
 

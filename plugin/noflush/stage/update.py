@@ -8,7 +8,7 @@ not finite; the version number still moves on, with the same weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +24,18 @@ from noflush.stage.weights import Weights, gather_weights, reduce_gradients
 
 
 class StageUpdate(Protocol):
-    """What a stage calls after every K-th backward."""
+    """What a stage calls after every K-th backward.
+
+    Attributes:
+        looks_ahead: whether the newest version is not the true weights.
+        gives_sums: whether a batch's gradients can be taken out before they are all there.
+    """
+
+    @property
+    def looks_ahead(self) -> bool: ...
+
+    @property
+    def gives_sums(self) -> bool: ...
 
     def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
         """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them.
@@ -41,9 +52,20 @@ class StageUpdate(Protocol):
     def land(self, ring: WeightRing) -> None:
         """Makes the newest version the true weights, on a drained stage."""
 
+    def take_off(self, ring: WeightRing, published: Sequence[Tensor]) -> None:
+        """The inverse of `land`: what the newest version holds are the true weights, and it is to be ``published``."""
+
+    def sums(self) -> list[Tensor | None]:
+        """Gradients of the batch under way, this replica's, parameter by parameter; None: there is none yet."""
+
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """Puts `sums` back. Only where ``gives_sums``."""
+
 
 class NoLookAhead:
     """What updates have in common whose newest version is the true weights."""
+
+    looks_ahead = False
 
     def true_weights(self, ring: WeightRing) -> list[Tensor] | None:
         """As `StageUpdate.true_weights`."""
@@ -51,6 +73,9 @@ class NoLookAhead:
 
     def land(self, ring: WeightRing) -> None:
         """As `StageUpdate.land`."""
+
+    def take_off(self, ring: WeightRing, published: Sequence[Tensor]) -> None:
+        """As `StageUpdate.take_off`: nothing else was published."""
 
 
 class FusedUpdate:
@@ -63,6 +88,8 @@ class FusedUpdate:
         wire: dtype of the gradient reduction between replicas.
         predivide: what gradients are divided by before that reduction; the rest of the mean is taken after it.
     """
+
+    gives_sums = True
 
     def __init__(self, weights: Weights, kernel: Kernel, max_norm: float, wire: torch.dtype, predivide: float) -> None:
         assert isinstance(weights.rule, DelayAwareOptimizer)
@@ -138,6 +165,32 @@ class FusedUpdate:
             self._write_true_weights(ring, ring.newest_flats)
             self._rule.land()
 
+    @torch.no_grad()
+    def take_off(self, ring: WeightRing, published: Sequence[Tensor]) -> None:
+        """As `StageUpdate.take_off`."""
+        if not self._weights.has_masters:
+            self._rule.keep_true(ring.newest_flats)
+        for flat, ahead in zip(ring.newest_flats, published, strict=True):
+            flat.copy_(ahead)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """As `StageUpdate` says."""
+        return self._rule.looks_ahead
+
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate.sums`."""
+        self._weights.collect_gradients()
+        return list(self._weights.gradient_views())
+
+    @torch.no_grad()
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """As `StageUpdate.set_sums`."""
+        self._weights.collect_gradients()
+        for view, total in zip(self._weights.gradient_views(), sums, strict=True):
+            assert total is not None
+            view.copy_(total)
+
     def _write_true_weights(self, ring: WeightRing, flats: list[Tensor]) -> list[Tensor]:
         weights = self._weights
         shards = weights.shards(flats)
@@ -168,6 +221,8 @@ class TorchUpdate(NoLookAhead):
         reduce: makes every parameter's gradient the replicas' mean; None where there are none.
     """
 
+    gives_sums = True
+
     def __init__(self, weights: Weights, max_norm: float, reduce: Callable[[], None] | None) -> None:
         self._weights = weights
         self._max_norm = max_norm
@@ -176,6 +231,16 @@ class TorchUpdate(NoLookAhead):
     def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
         """As `StageUpdate.add_gradient`."""
         param.grad = gradient if param.grad is None else param.grad + gradient
+
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate.sums`."""
+        return [param.grad for layout in self._weights.layouts for param in layout.params]
+
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """As `StageUpdate.set_sums`."""
+        params = [param for layout in self._weights.layouts for param in layout.params]
+        for param, total in zip(params, sums, strict=True):
+            param.grad = None if total is None else total.to(param.device)
 
     @torch.no_grad()
     def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -228,6 +229,33 @@ class WeightRing:
         slot.version = first
         self._where = {first: slot}
         self.newest = self._bound = first
+
+    def snapshot(self, following: int, with_newest: bool) -> dict[str, Any]:
+        """What `resume` takes: the numbers, and the versions that forwards and backwards to come need.
+
+        Args:
+            following: the version that the next forward uses.
+            with_newest: the newest version too, which a checkpoint has unless it is not the true weights.
+        """
+        needed = {following, *self._tags.values()} - {self.newest}
+        return {
+            "newest": self.newest,
+            "tags": dict(self._tags),
+            "versions": {v: self._slot_of(v).flats for v in sorted({*needed, *[self.newest] * with_newest})},
+        }
+
+    @torch.no_grad()
+    def resume(self, snapshot: dict[str, Any]) -> None:
+        """Puts a `snapshot` back; the parameters hold its newest version, and nothing may be in flight."""
+        self.restart(snapshot["newest"])
+        free = iter([slot for slot in self._slots if slot.version is None])
+        for version, flats in snapshot["versions"].items():
+            slot = self._where[version] if version == self.newest else next(free)
+            for kept, flat in zip(slot.flats, flats, strict=True):
+                kept.copy_(flat)
+            slot.version = version
+            self._where[version] = slot
+        self._tags = dict(snapshot["tags"])
 
     def _slot_of(self, version: int) -> _Slot:
         slot = self._where.get(version)

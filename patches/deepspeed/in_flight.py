@@ -1,0 +1,88 @@
+"""The file beside DeepSpeed's in which a rank's part of what is in flight is saved, and how all ranks agree to load it.
+
+A checkpoint without these files, of stock DeepSpeed or of a drained pipeline say, is gone on from as well: the pipeline
+fills anew then.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from noflush.stage import snapshot
+from noflush.stage.checkpoint import CheckpointError
+
+logger = logging.getLogger("noflush")
+
+
+def path_of(folder: str | Path, replica: int, part: int) -> Path:
+    """Where data-parallel ``replica`` of model-parallel ``part`` (DeepSpeed's ``mp_rank``) has its own."""
+    return Path(folder) / f"in_flight_dp_rank_{replica:02d}_mp_rank_{part:02d}.pt"
+
+
+def save(engine: Any, folder: str | Path) -> None:
+    """Saves this rank's part into the checkpoint ``folder``, as DeepSpeed saves its own files.
+
+    Replicas hold the same weights: the first one's file has them.
+    """
+    found = snapshot.take(engine.pipeline_stage)
+    if _replica(engine):
+        found["ring"]["versions"] = {}
+    engine.checkpoint_engine.save(found, str(path_of(folder, _replica(engine), _part(engine))))
+
+
+def load(engine: Any, folder: str | Path) -> bool:
+    """Goes on with what the checkpoint ``folder`` has in flight; on all ranks, of a drained and restarted stage.
+
+    Returns False where it has nothing of the kind, or what cannot be put back here (rank 0 says why): the pipeline is
+    to fill anew.
+
+    Raises:
+        CheckpointError: on all ranks; some ranks' parts are missing.
+    """
+    stage = engine.pipeline_stage
+    path = path_of(folder, _replica(engine), _part(engine))
+    found = engine.checkpoint_engine.load(str(path), map_location="cpu") if path.is_file() else None
+    why = None if found is None else snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (None if found is not None else path.name, why))
+    missing = [name for name, _ in told if name is not None]
+    if missing and len(missing) < len(told):
+        raise CheckpointError(
+            f"checkpoint {folder} is incomplete: {', '.join(sorted(missing))} missing, which hold what was in flight; "
+            f"load another, or remove {path_of('', 0, 0).name.split('_dp_')[0]}_*.pt to have the pipeline fill anew"
+        )
+    reasons = [reason for _, reason in told if reason is not None]
+    if found is not None and reasons:
+        _catch_up(engine, snapshot.missing_updates(found))
+        if engine.global_rank == 0:
+            logger.warning(
+                "noflush: %s: %s; the pipeline fills anew, and the micro-batches that were in flight are lost to the "
+                "stages that had still to learn from them", folder, reasons[0],
+            )  # fmt: skip
+    if found is None or reasons:
+        return False
+    if _replica(engine):
+        first = engine.checkpoint_engine.load(str(path_of(folder, 0, _part(engine))), map_location="cpu")
+        found["ring"]["versions"] = first["ring"]["versions"]
+    snapshot.resume(stage, found)
+    return True
+
+
+def _catch_up(engine: Any, updates: int) -> None:
+    """The learning-rate schedule goes on where the run does: as after the updates that will not be made."""
+    for _ in range(updates if engine.lr_scheduler is not None else 0):
+        engine.step_schedule()
+
+
+def _replica(engine: Any) -> int:
+    replica: int = engine.grid.get_data_parallel_rank()
+    return replica
+
+
+def _part(engine: Any) -> int:
+    part: int = engine.grid.get_model_parallel_rank()
+    return part

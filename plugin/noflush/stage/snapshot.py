@@ -1,0 +1,114 @@
+"""A stage as it stands between two calls, with all that is in flight: what a checkpoint holds besides a host's own.
+
+Taking it disturbs nothing: the pipeline stays full, and a run that takes many computes the bits of one that takes none.
+`resume` puts it back into a stage that has loaded weights and optimizer, and replays the forwards in flight
+(`order.replay`); from there on the run is the one that was never stopped.
+
+Not in it: weights, masters, moments and counters of the newest version, which are the host's checkpoint, and how a
+script's data and random numbers go on, which is the script's to save.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from noflush.order.replay import breaks_a_batch, in_flight
+from noflush.stage.replay import sent_and_not_taken
+
+if TYPE_CHECKING:
+    from noflush.stage.stage import Stage
+
+FORMAT = 1
+
+
+def why_not_taken(stage: Stage) -> str | None:
+    """Why a snapshot of ``stage`` is impossible while micro-batches are in flight; None if it is possible.
+
+    The same on every stage of a run.
+    """
+    schedule = stage.schedule
+    if schedule.backward_sees_live_weights:
+        return f"weights {schedule.weights!r} keep no version that a forward could be run with again"
+    if breaks_a_batch(schedule) and not stage.update.gives_sums:
+        return (
+            f"the optimizer sums gradients where they cannot be taken out, and with gradient_accumulation_steps "
+            f"{schedule.gas} some stage always has a part of a batch's"
+        )
+    return None
+
+
+def why_not_resumed(snapshot: dict[str, Any], stage: Stage) -> str | None:
+    """Why ``snapshot`` cannot be put back into ``stage``, so that the pipeline has to fill anew; None if it can."""
+    if snapshot["format"] != FORMAT:
+        return f"what was in flight has format {snapshot['format']}, and this noflush reads {FORMAT}"
+    here, there = asdict(stage.schedule), snapshot["schedule"]
+    changed = [f"{name} {there.get(name)} is {here[name]} now" for name in here if there.get(name) != here[name]]
+    if snapshot["replicas"] != stage.ranks.replicas:
+        changed.append(f"{snapshot['replicas']} replicas are {stage.ranks.replicas} now")
+    return ", ".join(changed) or None
+
+
+def take(stage: Stage) -> dict[str, Any]:
+    """The snapshot of ``stage``, in host memory: plain values, tensors, and micro-batches as the script gave them.
+
+    Waits for the device, and for no other stage.
+    """
+    schedule, runner = stage.schedule, stage.runner
+    following = runner.first_version + schedule.version(stage.stage, runner.calls * schedule.gas)
+    runs_again = in_flight(schedule, stage.stage, runner.calls)
+    found: dict[str, Any] = to_host(
+        {
+            "format": FORMAT,
+            "schedule": asdict(schedule),
+            "replicas": stage.ranks.replicas,
+            "ring": stage.ring.snapshot(following, with_newest=stage.update.looks_ahead),
+            "position": runner.position(),
+            "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
+            "sent": [stage.without_request(message) for message in sent_and_not_taken(runner)],
+            "sums": stage.update.sums() if runs_again.start % schedule.gas else None,
+            "tied": stage.tied.snapshot(),
+            "told": stage.told(),
+        }
+    )
+    return found
+
+
+def to_host(value: Any, known: dict[int, Tensor] | None = None) -> Any:
+    """``value`` with copies on the CPU of all tensors in it; a tensor that occurs twice is copied once."""
+    known = {} if known is None else known
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = value.detach().to("cpu", copy=True).contiguous()
+        return known[id(value)]
+    if isinstance(value, dict):
+        return {key: to_host(item, known) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_host(item, known) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_host(item, known) for item in value)
+    return value
+
+
+def resume(stage: Stage, snapshot: dict[str, Any]) -> None:
+    """Puts ``snapshot`` back into a drained ``stage`` that was restarted from the checkpoint; on all ranks.
+
+    Raises what a forward may raise.
+    """
+    ring, published = snapshot["ring"], snapshot["ring"]["versions"].get(snapshot["ring"]["newest"])
+    if published is not None:
+        stage.update.take_off(stage.ring, published)
+    stage.ring.resume(ring)
+    if snapshot["sums"] is not None:
+        stage.update.set_sums(snapshot["sums"])
+    stage.hear_again(snapshot["told"])
+    stage.put_back(snapshot["position"], snapshot["tied"], snapshot["sent"], snapshot["forwards"])
+
+
+def missing_updates(snapshot: dict[str, Any]) -> int:
+    """Updates that the stage had still to make of the calls made, whose micro-batches are lost where it fills anew."""
+    position = snapshot["position"]
+    missing: int = position["calls"] - (snapshot["ring"]["newest"] - position["first_version"])
+    return missing
