@@ -55,6 +55,11 @@ class AsyncPipelineConfig:
     """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
     by the norm of all stages' gradients, which exists with schedule ``1f1b_flush`` alone."""
 
+    eval_weights: Literal["newest", "aligned"] = "newest"
+    """What `eval_batch` evaluates. ``newest``: each stage's newest weights, of which later stages have made a few
+    updates more. ``aligned``: at every stage the version of as many updates as the first has made, which later stages
+    keep for it: the model as it was then. Not with ``latest``, nor with a look-ahead."""
+
     optimizer: dict[str, Any] | None = None
     """For scripts that pass an optimizer of their own to `deepspeed.initialize`: the rule of noflush's that takes its
     place, as ``{"type": "DelayAwareNAdamW", "params": {...}}``. It keeps the script's parameter groups, and the

@@ -132,6 +132,7 @@ class Stage:
 
     Raises:
         ScheduleError: the schedule could deadlock.
+        ValueError: an aligned schedule with a look-ahead.
 
     Attributes:
         schedule, stage, ring, runner, recorder, guard, reports, norm, weights, update: its parts.
@@ -205,6 +206,13 @@ class Stage:
         self.watch = PeerWatch(watched, _mark if torch.cuda.is_available() else None)
         self.watch.start()
         self._tell_methods()
+        rule = weights.rule
+        looks_ahead = isinstance(rule, DelayAwareOptimizer) and any(group["look_ahead"] for group in rule.param_groups)
+        if schedule.aligned and schedule.lag(0) and looks_ahead:
+            raise ValueError(
+                "eval_weights 'aligned' with a look-ahead: stages keep what forwards compute with, which lies ahead of "
+                "the true weights; use 'newest' (the true ones), or look_ahead 0"
+            )
         self.guard = UpdateGuard(
             schedule, self.stage, layout, options.max_skipped_updates, options.stop_dir, self._scales_dynamically()
         )
@@ -396,11 +404,15 @@ class Stage:
 
     @contextmanager
     def at_true_weights(self) -> Iterator[None]:
-        """Within, parameters are the newest true weights, not what forwards use: for evaluation, on all ranks.
+        """Within, parameters are the true weights, not what forwards use: for evaluation, on all ranks.
 
-        Micro-batches stay in flight.
+        Each stage's newest, or with an aligned schedule all of stage 0's newest version. Micro-batches stay in flight.
         """
-        flats = self.update.true_weights(self.ring)
+        if self.schedule.aligned:
+            version = self.runner.first_version + self.schedule.aligned_version(self.runner.calls)
+            flats: list[Tensor] | None = self.ring.flats_of(version)
+        else:
+            flats = self.update.true_weights(self.ring)
         with nullcontext() if flats is None else self.ring.showing(flats), self.tied.showing():
             yield
 
