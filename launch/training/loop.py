@@ -93,8 +93,9 @@ class Training:
         reason = None
         if not steps.skip_train:
             reason = self._train_on()
-            if hasattr(self.engine, "drain"):
-                self.engine.drain()  # the last evaluation, and the checkpoint, are of all updates
+            if reason is None and hasattr(self.engine, "drain"):
+                # The last evaluation, and the checkpoint, are of all updates. A run that is to go on does not drain.
+                self.engine.drain()
             self._save()
         if reason is None and steps.eval_iterations:
             for name, dataset in (("validation", self._valid), ("test", self._test)):
@@ -126,7 +127,7 @@ class Training:
             if steps.eval_iterations and position.iteration % steps.eval_every == 0 and not self._done():
                 self.say_rest()
                 self._evaluate("validation", self._valid, position.iteration)
-            if steps.save_every and position.iteration % steps.save_every == 0:
+            if steps.save_every and position.iteration % steps.save_every == 0 and not self._done():
                 self.say_rest()
                 self._save()
             reason = self._stop.reason(position.iteration)

@@ -375,8 +375,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             stage.share_scaler()
             with stage.at_true_weights():
                 result = super().save_checkpoint(save_dir, tag, client_state or {}, save_latest=False, **kwargs)
-            if why is None:
-                in_flight.save(self, Path(save_dir) / tag)
+            in_flight.save(self, Path(save_dir) / tag)
             dist.barrier()
         if save_latest and self.global_rank == 0:
             write_latest(save_dir, tag)

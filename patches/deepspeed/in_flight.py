@@ -24,14 +24,18 @@ def path_of(folder: str | Path, replica: int, part: int) -> Path:
 
 
 def save(engine: Any, folder: str | Path) -> None:
-    """Saves this rank's part into the checkpoint ``folder``, as DeepSpeed saves its own files.
+    """Saves this rank's part into the checkpoint ``folder``, as DeepSpeed saves its own files; nothing when drained.
 
     Replicas hold the same weights: the first one's file has them.
     """
+    path = path_of(folder, _replica(engine), _part(engine))
+    if not engine.pipeline_stage.runner.calls:
+        path.unlink(missing_ok=True)  # of an older checkpoint of the same name
+        return
     found = snapshot.take(engine.pipeline_stage)
     if _replica(engine):
         found["ring"]["versions"] = {}
-    engine.checkpoint_engine.save(found, str(path_of(folder, _replica(engine), _part(engine))))
+    engine.checkpoint_engine.save(found, str(path))
 
 
 def load(engine: Any, folder: str | Path) -> bool:

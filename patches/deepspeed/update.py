@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noflush.methods.flat import Outcome
-from noflush.patches.deepspeed.weights import ZeroWeights
+from noflush.patches.deepspeed.weights import Bf16Weights, ZeroWeights
 from noflush.stage.update import NoLookAhead, StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
@@ -24,8 +24,6 @@ class WrappedUpdate(NoLookAhead):
         engine: reduces gradients.
     """
 
-    gives_sums = False
-
     def __init__(self, weights: Weights, engine: Any) -> None:
         self._weights = weights
         self._engine = engine
@@ -34,13 +32,21 @@ class WrappedUpdate(NoLookAhead):
         """As `StageUpdate.add_gradient`: `config` has refused tied layers with these optimizers."""
         raise AssertionError(f"{type(self._weights).__name__} takes no gradient of another stage's")
 
-    def sums(self) -> list[Tensor | None]:
-        """As `StageUpdate.sums`: they lie in the optimizer's own buckets."""
-        raise AssertionError(f"{type(self._weights.optimizer).__name__} gives no gradients out")
+    @property
+    def gives_sums(self) -> bool:
+        """As `StageUpdate` says: DeepSpeed's ZeRO-1 has them in buckets of its own."""
+        return isinstance(self._weights, Bf16Weights)
 
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate.sums`."""
+        assert isinstance(self._weights, Bf16Weights), "gives_sums is false"
+        return self._weights.sums()
+
+    @torch.no_grad()
     def set_sums(self, sums: Sequence[Tensor | None]) -> None:
         """As `StageUpdate.set_sums`."""
-        raise AssertionError(f"{type(self._weights.optimizer).__name__} takes no gradients in")
+        assert isinstance(self._weights, Bf16Weights), "gives_sums is false"
+        self._weights.set_sums(sums)
 
     @torch.no_grad()
     def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:

@@ -94,6 +94,23 @@ class Bf16Weights(_MasterWeights):
     def gradient_views(self) -> list[Tensor]:
         return [view for group in self.optimizer.fp32_groups_gradients for view in group]
 
+    def sums(self) -> list[Tensor | None]:
+        """As `StageUpdate.sums`, where an optimizer of another's updates."""
+        flags = [flag for group in self.optimizer.fp32_groups_has_gradients for flag in group]
+        return [view if flag else None for view, flag in zip(self.gradient_views(), flags, strict=True)]
+
+    def set_sums(self, sums: Sequence[Tensor | None]) -> None:
+        """As `StageUpdate.set_sums`."""
+        found = iter(sums)
+        for views, flags in zip(
+            self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients, strict=True
+        ):
+            for i, view in enumerate(views):
+                total = next(found)
+                flags[i] = total is not None
+                if total is not None:
+                    view.copy_(total)
+
     def clear_gradients(self) -> None:
         # The sums were cleared by the update where it read them; a shard's neighbours were not.
         if self.sharded:

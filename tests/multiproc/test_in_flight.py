@@ -6,7 +6,10 @@ oracle.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
+import logging
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ def build(stages, config, dp=1):
     layers = with_dropout()
     module = PipelineModule(layers, num_stages=stages, loss_fn=loss_fn, partition_method="type:Sequential")
     engine, *_ = deepspeed.initialize(model=module, config=config)
-    torch.manual_seed(100 + engine.global_rank)
+    torch.manual_seed(100 + engine.stage_id)  # DeepSpeed saves what a script saves for one replica
     return engine, losses
 
 
@@ -75,60 +78,69 @@ def state(engine):
     )
 
 
-def whole(rank, stages, gas, calls, config, folder=None, saves=()):
-    """All calls; what it computed, what train_batch returned, and every loss that was learnt."""
-    engine, losses = build(stages, config)
-    data = stream(engine, gas, calls)
-    returned, learnt = [], {}
-    for call in range(1, calls + 1):
-        returned.append(engine.train_batch(data).item())
-        learnt.update(engine.batch_losses())
-        if call in saves:
-            engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
-    between = state(engine)
-    engine.drain()
-    learnt.update(engine.batch_losses())
-    return losses, returned, learnt, between, state(engine)
-
-
-def resumed(rank, stages, gas, calls, config, folder, at, noise=0):
-    """The rest from call ``at`` on, in an engine that may have trained on something else before."""
-    engine, losses = build(stages, config)
-    other = iter(t.data(noise * gas, seed=77))
-    for _ in range(noise):
-        engine.train_batch(other)
+def run(engine, losses, data, calls, save=lambda call: None):
+    """What was computed, what train_batch returned, every loss learnt, and the state before a drain and after it."""
     losses.clear()
-    _, client = engine.load_checkpoint(folder, tag=f"global_step{at}")
-    torch.set_rng_state(client["random"])
-    losses.clear()  # of replayed forwards there are none: the last stage has nothing in flight
-    data = stream(engine, gas, calls, done=at)
     returned, learnt = [], {}
-    for _ in range(at, calls):
-        returned.append(engine.train_batch(data).item())
+    for call in calls:
+        returned.append(repr(engine.train_batch(data).item()))  # nan where nothing is known yet
         learnt.update(engine.batch_losses())
+        save(call)
     between = state(engine)
     engine.drain()
     learnt.update(engine.batch_losses())
-    return losses, returned, learnt, between, state(engine)
+    return list(losses), returned, learnt, between, state(engine)
 
 
-def same(mine, theirs):
+def undisturbed_and_saved(rank, stages, gas, config, folder, saves, calls=8):
+    """The same run twice: without saves, and with them."""
+    found = []
+    for do_save in (False, True):
+        engine, losses = build(stages, config)
+
+        def save(call, engine=engine, do_save=do_save):
+            if do_save and call in saves:
+                engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
+
+        found.append(run(engine, losses, stream(engine, gas, calls), range(1, calls + 1), save))
+    return found
+
+
+def resumed(rank, stages, gas, config, folder, saves, calls=8):
+    """The rest of the run from each save on; the engine that loads the second has trained on the rest of the first."""
+    engine, losses = build(stages, config)
+    found = {}
+    for at in saves:
+        _, client = engine.load_checkpoint(folder, tag=f"global_step{at}")
+        torch.set_rng_state(client["random"])
+        found[at] = run(engine, losses, stream(engine, gas, calls, done=at), range(at + 1, calls + 1))
+        engine.train_batch(iter(t.data(gas, seed=77)))  # and has something in flight
+    return found
+
+
+def assert_same(mine, theirs):
     (weights, buffers, lr), (others, their_buffers, their_lr) = mine, theirs
     assert lr == their_lr
     for got, want in zip([*weights, *buffers], [*others, *their_buffers], strict=True):
         assert torch.equal(got, want), (got - want).abs().max()
 
 
-def assert_resumed(results, expected, at, gas):
-    for (losses, returned, learnt, between, end), (all_losses, all_returned, all_learnt, *states) in zip(
-        results, expected, strict=True
-    ):
-        assert losses == all_losses[at * gas :]
-        assert [repr(x) for x in returned] == [repr(x) for x in all_returned[at:]]  # nan where nothing is known yet
-        assert learnt == {step: all_learnt[step] for step in learnt}
-        assert set(all_learnt) - set(learnt) <= set(range(1, at + 1))
-        same(between, states[0])
-        same(end, states[1])
+def assert_undisturbed(world, gas, saves, **run):
+    """Runs ``undisturbed_and_saved`` and ``resumed``, and compares all that they return."""
+    run |= {"gas": gas, "saves": saves}
+    whole = run_ranks(undisturbed_and_saved, world, **run)
+    rests = run_ranks(resumed, world, **run)
+    for ((losses, returned, learnt, *states), saved), rest in zip(whole, rests, strict=True):
+        assert saved[:3] == (losses, returned, learnt)
+        for mine, theirs in zip(saved[3:], states, strict=True):
+            assert_same(mine, theirs)
+        for at, (losses_again, returned_again, learnt_again, *states_again) in rest.items():
+            assert losses_again == losses[at * gas :]
+            assert returned_again == returned[at:]
+            assert learnt_again == {step: learnt[step] for step in learnt_again}
+            assert set(learnt) - set(learnt_again) <= set(range(1, at + 1))
+            for mine, theirs in zip(states_again, states, strict=True):
+                assert_same(mine, theirs)
 
 
 CASES = {
@@ -151,17 +163,126 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("stages", "gas", "block", "optimizer", "more"), CASES.values(), ids=CASES)
+SLOW = {"P3-K2", "P4-K4", "P3-torch", "P4-K2-nag", "P3-bf16-torch", "P3-zero-torch"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "gas", "block", "optimizer", "more"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()],
+)
 def test_saves_disturb_nothing_and_a_resumed_run_never_stopped(tmp_path, stages, gas, block, optimizer, more):
     config = t.ds_config(gas, optimizer, block, **WARM_UP, **more)
-    run = {"stages": stages, "gas": gas, "calls": 8, "config": config}
-    expected = run_ranks(whole, stages, **run)
-    saved = run_ranks(whole, stages, folder=str(tmp_path), saves=(1, 2, 5), **run)
-    for mine, theirs in zip(saved, expected, strict=True):
-        assert mine[0] == theirs[0]
-        assert [repr(x) for x in mine[1]] == [repr(x) for x in theirs[1]]
-        assert mine[2] == theirs[2]
-        same(mine[3], theirs[3])
-        same(mine[4], theirs[4])
-    for at, noise in ((1, 0), (2, 3), (5, 0)):
-        assert_resumed(run_ranks(resumed, stages, folder=str(tmp_path), at=at, noise=noise, **run), expected, at, gas)
+    assert_undisturbed(stages, gas, (5, 1, 2), stages=stages, config=config, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("more", [{}, ZERO | BF16], ids=["float32", "bf16 ZeRO-1"])
+def test_replicas_too_each_with_its_own_data(tmp_path, more):
+    config = t.ds_config(2, MUON, {"extra_in_flight": 2}, **more)
+    assert_undisturbed(4, 2, (5, 2), stages=2, config=config, folder=str(tmp_path))
+
+
+def test_without_old_versions_a_save_drains_and_says_so_once(tmp_path):
+    config = t.ds_config(1, t.NADAMW, {"weights": "latest"})
+    first, second = run_ranks(save_twice, 2, config=config, folder=str(tmp_path))
+    assert first.count("every save drains the pipeline, because weights 'latest' keep no") == 1
+    assert "drains" not in second
+    assert not list(tmp_path.rglob("in_flight*"))
+
+
+def save_twice(rank, config, folder):
+    engine, _ = build(2, config)
+    data = stream(engine, 1, 4)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for _ in range(2):
+            engine.train_batch(data)
+            engine.train_batch(data)
+            engine.save_checkpoint(folder)
+            assert engine.updates == engine.global_steps
+    return said.getvalue()
+
+
+def save_full(rank, folder, calls=5, tag=None, drained=False, stages=3, gas=1):
+    engine, _ = build(stages, t.ds_config(gas, t.NADAMW, {}, **WARM_UP))
+    data = stream(engine, gas, calls)
+    for _ in range(calls):
+        engine.train_batch(data)
+    engine.save_checkpoint(folder, tag=tag)
+    updates = engine.updates
+    if drained:
+        engine.drain()
+        engine.save_checkpoint(folder, tag=tag)
+    return updates, engine.get_lr()
+
+
+def load_with_another_gas(rank, folder):
+    said = []
+    logging.getLogger("noflush").addHandler(type("Kept", (logging.Handler,), {"emit": lambda _, r: said.append(r)})())
+    engine, _ = build(3, t.ds_config(2, t.NADAMW, {}, **WARM_UP))
+    engine.load_checkpoint(folder)
+    at = engine.updates, engine.global_steps, engine.pipeline_stage.runner.calls, engine.get_lr()
+    engine.train_batch(stream(engine, 2, 1))
+    return at, [record.getMessage() for record in said]
+
+
+def test_another_schedule_fills_the_pipeline_anew_and_says_so(tmp_path):
+    saved = run_ranks(save_full, 3, folder=str(tmp_path))
+    assert [updates for updates, _ in saved] == [3, 4, 5]
+    loaded = run_ranks(load_with_another_gas, 3, folder=str(tmp_path))
+    for (updates, steps, calls, lr), _ in loaded:
+        assert (updates, steps, calls) == (5, 5, 0)
+        assert lr == saved[-1][1]  # the rates go on where the run does, not where a stage was
+    (line,) = loaded[0][1]
+    assert "gas 1 is 2 now; the pipeline fills anew, and the micro-batches that were in flight are lost" in line
+    assert [lines for _, lines in loaded[1:]] == [[], []]
+
+
+def load_here(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {}, **WARM_UP))
+    engine.load_checkpoint(folder)
+    return engine.updates, engine.loss_step
+
+
+def test_a_part_that_is_missing_is_an_error_on_every_rank(tmp_path):
+    run_ranks(save_full, 3, folder=str(tmp_path))
+    (tmp_path / "global_step5" / "in_flight_dp_rank_00_mp_rank_01.pt").unlink()
+    for kind, message in run_ranks(load_here, 3, expect_errors=True, folder=str(tmp_path)):
+        assert kind == "CheckpointError"
+        assert "is incomplete: in_flight_dp_rank_00_mp_rank_01.pt missing" in message
+    for path in (tmp_path / "global_step5").glob("in_flight*"):
+        path.unlink()
+    assert run_ranks(load_here, 3, folder=str(tmp_path)) == [(5, None)] * 3
+
+
+def test_a_drained_save_leaves_nothing_of_an_older_one_of_its_name(tmp_path):
+    run_ranks(save_full, 3, folder=str(tmp_path), tag="best", drained=True)
+    assert not list(tmp_path.rglob("in_flight*"))
+    assert run_ranks(load_here, 3, folder=str(tmp_path)) == [(5, None)] * 3
+
+
+def stop_and_save(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {}))
+    data = stream(engine, 1, 30)
+    for call in range(30):
+        if call == 4 and rank == 2:
+            engine.request_stop()
+        engine.train_batch(data)
+        if call == 5:
+            engine.save_checkpoint(folder)  # while the request is on its way up, in a gradient message
+        if engine.stop_requested:
+            break
+    return engine.global_steps
+
+
+def go_on_unasked(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {}))
+    engine.load_checkpoint(folder)
+    data = stream(engine, 1, 30, done=6)
+    for _ in range(10):
+        engine.train_batch(data)
+    return engine.stop_requested
+
+
+def test_a_resumed_run_is_not_asked_to_stop_as_the_one_before_it_was(tmp_path):
+    (steps,) = set(run_ranks(stop_and_save, 3, folder=str(tmp_path)))
+    assert 6 < steps < 20
+    assert run_ranks(go_on_unasked, 3, folder=str(tmp_path)) == [False] * 3

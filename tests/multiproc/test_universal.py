@@ -56,6 +56,7 @@ def _save_and_go_on(rank, folder, names):
         losses = []
         for call in range(CALLS):
             if call == SAVED:
+                engine.drain()  # the converter takes nothing of what is in flight
                 engine.save_checkpoint(f"{folder}/{name}", client_state=INFO)
             losses.append(engine.train_batch(it).item())
         results[name] = _outcome(engine, losses)
@@ -158,8 +159,9 @@ def test_the_layout_is_stocks_for_tools_that_merge_stages(tmp_path):
     run_ranks(_save_ours_and_stocks, 2, folder=str(tmp_path))
     for name in ("float32", "ZeRO-1"):
         ours, stock = tmp_path / f"ours {name}" / "one", tmp_path / f"stock {name}" / "one"
-        files = sorted(path.name for path in ours.iterdir())
-        assert files == sorted(path.name for path in stock.iterdir())
+        files = sorted(path.name for path in stock.iterdir())
+        more = [f"in_flight_dp_rank_00_mp_rank_0{stage}.pt" for stage in range(2)]
+        assert sorted(path.name for path in ours.iterdir()) == sorted(files + more)
         for file in files:
             here, there = (torch.load(folder / file, weights_only=False) for folder in (ours, stock))
             assert _keys(here) == _keys(there), file

@@ -46,6 +46,8 @@ def why_not_resumed(snapshot: dict[str, Any], stage: Stage) -> str | None:
         return f"what was in flight has format {snapshot['format']}, and this noflush reads {FORMAT}"
     here, there = asdict(stage.schedule), snapshot["schedule"]
     changed = [f"{name} {there.get(name)} is {here[name]} now" for name in here if there.get(name) != here[name]]
+    if snapshot["told"]["calls"] != stage.calls:
+        changed.append(f"what was in flight is of call {snapshot['told']['calls']}, and the rest of call {stage.calls}")
     if snapshot["replicas"] != stage.ranks.replicas:
         changed.append(f"{snapshot['replicas']} replicas are {stage.ranks.replicas} now")
     return ", ".join(changed) or None
