@@ -51,7 +51,8 @@ def schedule_of(settings: Settings) -> Schedule:
     block, stages = settings.block, settings.ranks.pipeline
     if block is None:
         return Schedule(stages, settings.gas, "1f1b_flush")
-    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_in_flight)
+    aligned = block.eval_weights == "aligned"
+    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_in_flight, aligned)
 
 
 def _facts(config: Mapping[str, Any], ranks: Ranks, model: Model) -> RunFacts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +17,7 @@ class Interval:
     Attributes:
         seconds: an iteration took on average.
         loss: mean over the finite ones; nan if there were none.
-        norm: gradient norm over all stages, of their newest updates that were read; None before any.
+        norm: gradient norm over all stages, of the newest batch of which all have told; None before any.
         skipped, nans: batches that some stage skipped, which one overflow may make several; iterations whose loss was
             not finite.
         bubble: share of the time in which stages did not compute, over all of them; None where nobody measures it.
@@ -68,17 +67,10 @@ def log_line(position: Position, iterations: int, interval: Interval, now: datet
 def bubble_between(before: Sequence[StageFigures], now: Sequence[StageFigures]) -> float | None:
     """Share of the stages' time in `train_batch` without compute, between two sets of their figures."""
     if not before:
-        before = [StageFigures(math.nan, 0, 0)] * len(now)
+        before = [StageFigures(0, 0)] * len(now)
     spent = sum(b.spent_ns - a.spent_ns for a, b in zip(before, now, strict=True))
     busy = sum(b.busy_ns - a.busy_ns for a, b in zip(before, now, strict=True))
     return 1 - busy / spent if spent > 0 else None
-
-
-def norm_over(stages: Sequence[StageFigures]) -> float | None:
-    """Norm of all stages' gradients together; None where a stage has not told yet."""
-    if not stages or any(math.isnan(stage.norm) for stage in stages):
-        return None
-    return math.sqrt(sum(stage.norm**2 for stage in stages))
 
 
 def floating_point_operations(layers: int, hidden: int, sequence: int, parameters: int) -> float:

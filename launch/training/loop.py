@@ -29,7 +29,6 @@ from noflush.launch.training.log_line import (
     bubble_between,
     floating_point_operations,
     log_line,
-    norm_over,
 )
 from noflush.launch.training.stop import Stop
 from noflush.launch.training.writers import Writers, chosen
@@ -218,6 +217,7 @@ class Training:
             settings.model.layers, settings.model.hidden, settings.model.sequence, self._parameters
         )
         seconds = spent / count
+        whole = getattr(self.engine, "pipeline_norm", None)
         schedule = getattr(self.engine, "schedule", None)
         interval = Interval(
             seconds=seconds,
@@ -225,7 +225,7 @@ class Training:
             batch_size=size,
             loss=math.nan,
             scale=_scale(self.engine),
-            norm=norm_over(figures),
+            norm=None if whole is None else whole.norm,
             skipped=skipped - self._skipped,
             nans=0,
             bubble=bubble_between(self._figures, figures) if figures else None,

@@ -64,6 +64,7 @@ def make_stage(
         stop_dir=block.stop_dir,
         losses=losses,
         one_norm=engine.has_one_norm,
+        late_norm=block.clip == "lagged_global" and not schedule.flushes,
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)

@@ -31,7 +31,7 @@ from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
 from noflush.stage import snapshot
 from noflush.stage.late_reader import LateReader
-from noflush.stage.messages import StageFigures
+from noflush.stage.messages import BatchNorm, StageFigures
 from noflush.stage.payloads import check_batch
 from noflush.stage.slices import Slices, StageSlices
 from noflush.stage.stage import Stage
@@ -79,7 +79,8 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
         host_config = kwargs["config_class"]
         tied = any(isinstance(spec, TiedLayerSpec) for spec in kwargs["model"]._layer_specs)
-        self.has_one_norm = block.clip == "global" or (tied and schedule.flushes)
+        # With a flush the norm of all stages need not be late.
+        self.has_one_norm = schedule.flushes and (block.clip != "stage" or tied)
         # Stock timers are started twice on a non-last stage and crash; the recorder's figures replace them.
         self._nf_breakdown = bool(host_config.wall_clock_breakdown)
         host_config.wall_clock_breakdown = False
@@ -141,6 +142,15 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     def figures(self) -> tuple[StageFigures, ...]:
         """Figures of this stage and all before it, as told with the newest call's header; of all at the last stage."""
         return self._nf_stage.figures
+
+    @property
+    def pipeline_norm(self) -> BatchNorm | None:
+        """Gradient norm over all stages, unscaled and before clipping, and the call whose batch it is of.
+
+        The newest that every stage has told; tied weights count once, at their owner. The same on every rank after
+        the same call: of a batch ceil(L/K) + 3 calls old, L being the first stage's lag. None before any.
+        """
+        return self._nf_stage.norm.newest
 
     @property
     def skipped_batches(self) -> int:
@@ -338,7 +348,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self.reset_activation_shape()
         self.evaluating = True
         try:
-            with self._nf_stage.on_duty(), self._nf_stage.at_true_weights():
+            with self._nf_stage.on_duty(), self._nf_stage.evaluating():
                 return super().eval_batch(*args, **kwargs)
         finally:
             self.evaluating = False

@@ -84,7 +84,8 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     if config and config.clip == "global" and config.schedule == "1f1b_no_flush":
         faults.append(
             f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
-            "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
+            "different batches, so there is no global norm to clip by; use 'stage', 'lagged_global' (the newest norm "
+            "of all stages that is known), or schedule '1f1b_flush'"
         )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *METHODS) or muon_section.names_it(ds_config.get("optimizer"))
@@ -101,6 +102,19 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             f"themselves there; choose one of {', '.join(METHODS)}, train in float32 without ZeRO, {facts.untie}, or "
             "set the schedule to '1f1b_flush'"
         )
+    if config and config.clip == "lagged_global" and config.schedule == "1f1b_no_flush" and wrapped and not ours:
+        faults.append(
+            f"{BLOCK}.clip is 'lagged_global' with optimizer {named!r} in mixed precision or ZeRO-1, where DeepSpeed's "
+            f"optimizers clip by themselves: choose one of {', '.join(METHODS)}, or clip 'stage'"
+        )
+    look_ahead = at(ds_config, "optimizer", "params", "look_ahead")
+    if config and config.optimizer is not None:
+        look_ahead = config.optimizer.get("params", {}).get("look_ahead", 0)
+    if config and config.eval_weights == "aligned" and config.schedule == "1f1b_no_flush" and look_ahead:
+        faults.append(
+            f"{BLOCK}.eval_weights is 'aligned' with look_ahead {look_ahead}: stages keep what forwards compute with, "
+            "which lies ahead of the true weights; use 'newest' (the true ones), or look_ahead 0"
+        )
     schedule = None
     if not faults and config is not None:
         try:
@@ -110,6 +124,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
                 name=config.schedule,
                 weights=config.weights,
                 extra_in_flight=config.extra_in_flight,
+                aligned=config.eval_weights == "aligned",
             )
         except ValueError as error:
             faults.append(f"{BLOCK}: {error}")

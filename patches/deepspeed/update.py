@@ -49,8 +49,8 @@ class WrappedUpdate(NoLookAhead):
         self._weights.set_sums(sums)
 
     @torch.no_grad()
-    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
-        """As `StageUpdate.run`."""
+    def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
+        """As `StageUpdate.run`; a run that would have it clip by ``whole`` is refused (`faults`)."""
         zero = isinstance(self._weights, ZeroWeights)
         if self._engine.is_data_parallel or zero:
             self._engine._exec_reduce_grads()
@@ -79,10 +79,10 @@ class TiedFirst:
         self._update = update
         self._engine = engine
 
-    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+    def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
         """As `StageUpdate.run`."""
         self._engine._exec_reduce_tied_grads()
-        return self._update.run(ring, scale)
+        return self._update.run(ring, scale, whole)
 
     def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
         """As `StageUpdate`; without a flush alone, where this is not."""

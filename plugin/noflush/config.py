@@ -14,6 +14,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from noflush.methods.table import METHODS
+from noflush.order.clipping import ClipName
 from noflush.order.policies import PolicyName
 from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName
 
@@ -50,9 +51,14 @@ class AsyncPipelineConfig:
     extra_in_flight: int = 0
     """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
 
-    clip: Literal["stage", "global"] = "stage"
+    clip: ClipName = "stage"
     """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
     by the norm of all stages' gradients, which exists with schedule ``1f1b_flush`` alone."""
+
+    eval_weights: Literal["newest", "aligned"] = "newest"
+    """What `eval_batch` evaluates. ``newest``: each stage's newest weights, of which later stages have made a few
+    updates more. ``aligned``: at every stage the version of as many updates as the first has made, which later stages
+    keep for it: the model as it was then. Not with ``latest``, nor with a look-ahead."""
 
     optimizer: dict[str, Any] | None = None
     """For scripts that pass an optimizer of their own to `deepspeed.initialize`: the rule of noflush's that takes its

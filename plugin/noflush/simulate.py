@@ -23,6 +23,7 @@ from noflush.methods import look_ahead
 from noflush.methods.matrices import mark_embeddings_and_heads
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.order.clipping import ClipName, known_batch, newest_finite
 from noflush.order.schedule import Schedule
 
 Payload = Tensor | tuple[Tensor, ...]
@@ -116,6 +117,18 @@ class _Stage:
         self.gradients = [{} for _ in self.gradients]
         return all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.masters.values())
 
+    def _with_gradients(self) -> list[nn.Parameter]:
+        # In the order of the optimizer's groups, in which a stage adds them up too.
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def norm(self) -> Tensor:
+        """Of the masters' gradients: 0-dim float32."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._with_gradients() if p.grad is not None])
+
+    def clip(self, limit: float, norm: Tensor) -> None:
+        """Shrinks the gradients as if ``norm`` were theirs."""
+        torch.nn.utils.clip_grads_with_norm_(self._with_gradients(), limit, norm)
+
     @torch.no_grad()
     def step(self) -> None:
         """An update of the true weights; forwards get what it looks ahead to."""
@@ -145,7 +158,9 @@ class DelaySimulator:
         loss_fn: ``loss_fn(outputs, labels)`` -> 0-dim loss.
         make_optimizer: builds a stage's optimizer from its trainable parameters (their float32 masters).
         schedule: of ``len(stages)`` stages.
-        clip: largest norm of a stage's gradients; 0 clips nothing.
+        clip: largest norm of gradients; 0 clips nothing.
+        clip_by: which gradients: as the block's ``clip``. Here ``global`` is known without a flush too, as no engine
+            could: what the others are measured against.
         make_lr_scheduler: builds a stage's learning-rate scheduler (stepped after each of its updates), or None.
         precision: dtypes of weights and gradients.
         replicas: data-parallel replicas.
@@ -156,7 +171,8 @@ class DelaySimulator:
             DeepSpeed's ``activation_checkpoint_interval``; 0 keeps activations. It changes numbers under ``latest``
             alone, whose backward then sees live weights throughout, not live weights and old activations.
 
-    A stage whose gradients are not finite skips that update, and counts it in ``skipped``.
+    A stage whose gradients are not finite skips that update, and counts it in ``skipped``. ``norms`` are those of all
+    stages' gradients together, unscaled and before clipping, by batch since the newest drain.
 
     Raises:
         ValueError: the schedule has another number of stages.
@@ -175,6 +191,7 @@ class DelaySimulator:
         loss_scale: Callable[[int], float] = lambda batch: 1.0,
         recompute: int = 0,
         shared: Sequence[Shared] = (),
+        clip_by: ClipName = "stage",
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
@@ -182,7 +199,8 @@ class DelaySimulator:
         self.micro_batches = 0
         self.skipped: list[tuple[int, int]] = []
         self._loss_fn = loss_fn
-        self._clip = clip
+        self._clip, self._clip_by = clip, clip_by
+        self.norms: list[float] = []
         self._loss_scale = loss_scale
         self._recompute = recompute
         self._segment = 0
@@ -289,25 +307,37 @@ class DelaySimulator:
     def _update(self) -> None:
         self._gather_shared()
         scale = self._loss_scale(self.micro_batches // self.schedule.gas - 1)
+        finite = [stage.take_gradients(scale) for stage in self._stages]
+        norms = [stage.norm() for stage in self._stages]
+        # From the last stage on, as the norms meet on their way up.
+        squares = sum((norm.double() ** 2 for norm in reversed(norms)), torch.zeros((), dtype=torch.float64))
+        self.norms.append(squares.sqrt().float().item())
         for s, stage in enumerate(self._stages):
-            finite = stage.take_gradients(scale)
-            if not finite:
+            if not finite[s]:
                 self.skipped.append((s, stage.newest + 1))
                 stage.publish()
             else:
                 if self._clip > 0:
-                    # In the order of its groups, in which a stage adds them up too.
-                    members = [p for group in stage.optimizer.param_groups for p in group["params"]]
-                    torch.nn.utils.clip_grad_norm_(members, self._clip)
+                    stage.clip(self._clip, self._norm_to_clip_by(norms[s]))
                 stage.step()
             stage.newest += 1
             stage.remember()
             if self._lr:
                 self._lr[s].step()
 
+    def _norm_to_clip_by(self, own: Tensor) -> Tensor:
+        """Of a stage whose own norm is ``own``: what is known of the whole pipeline's, which its own cannot exceed."""
+        if self._clip_by == "stage" or self.schedule.stages == 1:
+            return own
+        batch = len(self.norms) - 1
+        at_once = self._clip_by == "global" or self.schedule.flushes
+        whole = newest_finite(self.norms, batch if at_once else known_batch(self.schedule, batch))
+        return own if whole is None else own.clamp(min=whole)
+
     def drain(self) -> None:
         """What a drain does to the numbers: the next micro-batch sees every stage's newest, true weights."""
         self._segment = self.micro_batches
+        self.norms = []
         for stage in self._stages:
             stage.publish()
             stage.history.pop()

@@ -50,7 +50,7 @@ def norm_source(gradient):
 def prepare_source(rule):
     types = {
         "hyper": "*fp64", "clocks": "*fp32", "norm": "*fp32", "scale": "*fp32", "numbers": "*fp32",
-        "outcome": "*fp32", "max_norm": "*fp32",
+        "outcome": "*fp32", "max_norm": "*fp32", "whole": "*fp32",
     }  # fmt: skip
     of_rule = METHOD[rule].fused
     constants = {

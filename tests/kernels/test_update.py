@@ -61,13 +61,13 @@ class Run:
                 )
             )
 
-    def step(self, spoil=False, max_norm=0.0, scale=1.0, swap=False):
+    def step(self, spoil=False, max_norm=0.0, scale=1.0, swap=False, whole=0.0):
         for flat in self.flats:
             flat.gradient.copy_(torch.randn(flat.gradient.shape, generator=self.draw) * scale)
         if spoil and self.flats[-1].gradient.numel():
             self.flats[-1].gradient[-1] = math.inf
         norm = self.kernel.norm([f.gradient for f in self.flats])
-        outcome = self.kernel.update(self.flats, norm, max_norm, scale)
+        outcome = self.kernel.update(self.flats, norm, max_norm, scale, whole)
         if swap:  # full precision: the next version becomes the newest
             for flat in self.flats:
                 flat.weights.copy_(flat.target)
@@ -108,15 +108,18 @@ def assert_alike(one, other, ulps=4):
     scale=st.sampled_from([1.0, 1024.0]),
     seed=st.integers(0, 10**6),
     ahead=st.sampled_from([0.0, 2.5]),
+    whole=st.sampled_from([0.0, 1.5, 900.0]),
 )
-def test_triton_is_the_reference(rule, lengths, gradient, model, moments, first, spoil, max_norm, scale, seed, ahead):
+def test_triton_is_the_reference(
+    rule, lengths, gradient, model, moments, first, spoil, max_norm, scale, seed, ahead, whole
+):
     """Lengths around a block's edge, alignments, dtypes, groups, an update that is skipped, clipping and scales."""
     arguments = (rule, lengths, gradient, model, moments, seed, first, ahead)
     swap = model == torch.float32 and not ahead
     ours, reference = Run(TritonKernel(torch.device("cpu")), *arguments), Run(EagerKernel(), *arguments)
     for step in range(2):
-        found = ours.step(step == spoil, max_norm, scale, swap)
-        wanted = reference.step(step == spoil, max_norm, scale, swap)
+        found = ours.step(step == spoil, max_norm, scale, swap, whole)
+        wanted = reference.step(step == spoil, max_norm, scale, swap, whole)
         assert found[1] == wanted[1] == float(step == spoil)
         assert found[0] == pytest.approx(wanted[0], rel=1e-5) or not math.isfinite(wanted[0])
     # Two norms summed in different orders clip by factors a few units apart; squares double that.

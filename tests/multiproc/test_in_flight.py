@@ -162,6 +162,8 @@ CASES = {
     "P2-flush": (2, 2, {"schedule": "1f1b_flush"}, t.NADAMW, {}),
     "P3-bf16": (3, 2, {}, MUON, BF16),
     "P3-bf16-torch": (3, 2, {}, t.ADAMW, BF16),
+    "P3-aligned": (3, 1, {"eval_weights": "aligned"}, t.NADAMW, {}),
+    "P3-late-norm": (3, 1, {"clip": "lagged_global"}, t.NADAMW, {"gradient_clipping": 0.05}),
     "P3-zero": (3, 1, {}, t.NADAMW, ZERO),
     "P3-zero-torch": (3, 1, {}, t.ADAMW, ZERO),
 }

@@ -116,9 +116,10 @@ def train(rank, optimizer, block, more, prefetch=Arrived):
 TRITON = {"kernel": "triton"}
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_nothing_is_read_in_the_steady_state(clip):
-    for found in run_ranks(train, 4, timeout=200, optimizer=t.NADAMW, block=TRITON, more={"gradient_clipping": clip}):
+@pytest.mark.parametrize(("clip", "by"), [(0.0, "stage"), (1.0, "stage"), (1.0, "lagged_global")])
+def test_nothing_is_read_in_the_steady_state(clip, by):
+    block, more = TRITON | {"clip": by}, {"gradient_clipping": clip}
+    for found in run_ranks(train, 4, timeout=200, optimizer=t.NADAMW, block=block, more=more):
         assert found == []
 
 

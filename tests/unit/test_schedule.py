@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,26 @@ if __name__ == "__main__":
         for p, k in CASES:
             for n in ("1f1b_no_flush", "1f1b_flush"):
                 (GOLDEN / f"{n}_P{p}_K{k}.txt").write_text(as_text(Schedule(p, k, n)))
+
+
+ALIGNED = [(4, 1, 0, "stash"), (4, 1, 5, "stash"), (5, 2, 1, "stash"), (4, 3, 0, "2bw"), (1, 2, 0, "stash")]
+
+
+@pytest.mark.parametrize(("stages", "gas", "extra", "weights"), ALIGNED)
+def test_an_aligned_version_is_among_those_that_are_kept(stages, gas, extra, weights):
+    schedule = Schedule(stages, gas, weights=weights, extra_in_flight=extra, aligned=True)
+    plain = replace(schedule, aligned=False)
+    most = max(schedule.versions_alive(s) for s in range(stages))
+    assert most == max(plain.versions_alive(s) for s in range(stages))  # the stage that keeps most keeps no more
+    for calls in range(20):
+        made = [max(0, calls * gas - schedule.lag(s)) // gas for s in range(stages)]
+        assert schedule.aligned_version(calls) == made[0] == min(made)
+        for s in range(stages):
+            # A ring of so many versions holds that one whichever was written last.
+            assert made[s] - schedule.versions_alive(s) < made[0]
+
+
+def test_the_live_weights_are_never_aligned():
+    with pytest.raises(ValueError, match="'aligned': a stage keeps its newest weights alone"):
+        Schedule(4, 1, weights="latest", aligned=True)
+    Schedule(4, 1, "1f1b_flush", "latest", aligned=True)  # the twin has one version at every stage

@@ -38,14 +38,16 @@ class EagerKernel:
         """2-norm of all gradients together: 0-dim float32 on their device; inf or nan if any element is."""
         return gradient_norm(gradients)
 
-    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
+    def update(
+        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, whole: float = 0.0
+    ) -> Outcome:
         """As `flat.Kernel.update`; reads the norm."""
         scale = float(scale)
         unscaled = norm / scale
         finite = math.isfinite(unscaled.item())
         factor = 1.0
         if max_norm > 0:  # torch.nn.utils.clip_grad_norm_'s own formula
-            factor = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0).item()
+            factor = torch.clamp(max_norm / (unscaled.clamp(min=whole) + 1e-6), max=1.0).item()
         for flat in flats:
             if not finite:
                 _carry_over(flat)

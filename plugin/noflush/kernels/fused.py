@@ -61,14 +61,15 @@ def finish_norm(partials, norm, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def prepare(
-    hyper, clocks, norm, scale, numbers, outcome, max_norm, FACTOR: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    hyper, clocks, norm, scale, numbers, outcome, max_norm, whole, FACTOR: tl.constexpr, COEFFICIENTS: tl.constexpr,
     HYPERS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Numbers of every group's update; program g serves group g. All groups are of one method.
 
     hyper: float64 [groups, HYPERS], the method's; clocks: float32 [groups, 2], moved on unless the norm is not finite;
-    norm: float32 [1], of the scaled gradients; scale: float32 [1]; max_norm: float32 [1], 0 for none; numbers: float32
-    [groups, WORDS]; outcome: float32 [2], (unscaled norm, 1 if skipped); FACTOR: a function or None.
+    norm: float32 [1], of the scaled gradients; scale: float32 [1]; max_norm: float32 [1], 0 for none; whole: float32
+    [1], a norm to clip by if it is the larger one; numbers: float32 [groups, WORDS]; outcome: float32 [2], (unscaled
+    norm, 1 if skipped); FACTOR: a function or None.
     """
     group = tl.program_id(0)
     h = hyper + group * HYPERS
@@ -77,7 +78,8 @@ def prepare(
     unscaled = tl.load(norm) / loss_scale
     finite = (unscaled == unscaled) & (tl.abs(unscaled) != float("inf"))
     limit = tl.load(max_norm)
-    clip = tl.where(limit > 0, tl.minimum(limit / (unscaled + 1e-6), 1.0), 1.0)
+    by = tl.maximum(unscaled, tl.load(whole))
+    clip = tl.where(limit > 0, tl.minimum(limit / (by + 1e-6), 1.0), 1.0)
 
     clock = clocks + group * 2
     done = tl.load(clock)

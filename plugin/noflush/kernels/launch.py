@@ -49,6 +49,7 @@ class TritonKernel:
         self._numbers: dict[str, _Numbers] = {}
         self._plain = EagerKernel()
         self._limit, self._limit_value = torch.zeros(1, device=device), 0.0
+        self._whole, self._whole_value = torch.zeros(1, device=device), 0.0
         self._scale, self._scale_value = torch.ones(1, device=device), 1.0
         self._outcomes = torch.zeros((_OUTCOMES, 2), device=device)
         self._updates = 0
@@ -90,14 +91,16 @@ class TritonKernel:
         fused.finish_norm[(1,)](self._partials, self._norm, first, BLOCK=1024)
         return self._norm.reshape(())
 
-    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
+    def update(
+        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, whole: float = 0.0
+    ) -> Outcome:
         """As `flat.Kernel.update`, without reading anything back.
 
         The outcome's tensors are overwritten eight updates later.
         """
         if not flats:  # a stage without a weight to learn
             return Outcome(norm, torch.zeros_like(norm))
-        self._bring(max_norm, scale)
+        self._bring(max_norm, scale, whole)
         outcome = self._outcomes[self._updates % _OUTCOMES]
         self._updates += 1
         found = Outcome(outcome[0], outcome[1])
@@ -106,17 +109,19 @@ class TritonKernel:
             if fused_rule is not None:
                 self._launch(fused_rule, group, norm, outcome)
             elif all(flat.method.still is not None for flat in group):
-                self._on_matrices(group, norm, max_norm, outcome)
+                self._on_matrices(group, norm, max_norm, whole, outcome)
             else:
-                found = self._in_torch(group, norm, max_norm, scale)
+                found = self._in_torch(group, norm, max_norm, scale, whole)
         return found
 
-    def _on_matrices(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, outcome: Tensor) -> None:
+    def _on_matrices(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, whole: float, outcome: Tensor) -> None:
         """Methods of matrices that can be told not to move: the device decides whether they do."""
         scale = self._scale[0]
         unscaled = norm / scale
         finite = torch.isfinite(unscaled)
-        clip = torch.clamp(max_norm / (unscaled + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(unscaled)
+        clip = torch.ones_like(unscaled)
+        if max_norm > 0:
+            clip = torch.clamp(max_norm / (unscaled.clamp(min=whole) + 1e-6), max=1.0)
         factor = torch.where(finite, clip / scale, 0.0)
         for flat in flats:
             assert flat.method.still is not None
@@ -143,6 +148,7 @@ class TritonKernel:
             numbers,
             outcome,
             self._limit,
+            self._whole,
             FACTOR=rule.factor,
             COEFFICIENTS=rule.coefficients,
             HYPERS=hyper.shape[1],
@@ -170,10 +176,12 @@ class TritonKernel:
                 num_warps=4,
             )
 
-    def _in_torch(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
+    def _in_torch(
+        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, whole: float
+    ) -> Outcome:
         on_cpu = [flat.clock.cpu() for flat in flats]
         copies = [replace(flat, clock=clock) for flat, clock in zip(flats, on_cpu, strict=True)]
-        outcome = self._plain.update(copies, norm, max_norm, scale)
+        outcome = self._plain.update(copies, norm, max_norm, scale, whole)
         for flat, clock in zip(flats, on_cpu, strict=True):
             flat.clock.copy_(clock)
         return outcome
@@ -194,11 +202,14 @@ class TritonKernel:
             kept.values = values
         return kept.hyper, kept.numbers
 
-    def _bring(self, max_norm: float, scale: Tensor | float) -> None:
-        """Brings clip limit and loss scale to the device where they changed."""
+    def _bring(self, max_norm: float, scale: Tensor | float, whole: float) -> None:
+        """Brings clip limit, loss scale and the larger norm to the device where they changed."""
         if max_norm != self._limit_value:
             self._limit.fill_(max_norm)
             self._limit_value = max_norm
+        if whole != self._whole_value:
+            self._whole.fill_(whole)
+            self._whole_value = whole
         if isinstance(scale, Tensor):
             self._scale.copy_(scale.reshape(1), non_blocking=True)
             self._scale_value = math.nan

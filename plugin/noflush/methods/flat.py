@@ -102,7 +102,9 @@ class Kernel(Protocol):
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """2-norm of all gradients together: 0-dim float32 on their device; inf or nan if any element is."""
 
-    def update(self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float) -> Outcome:
+    def update(
+        self, flats: Sequence[Flat], norm: Tensor, max_norm: float, scale: Tensor | float, whole: float = 0.0
+    ) -> Outcome:
         """One update of all flats, or none; clears the gradients.
 
         Args:
@@ -110,4 +112,5 @@ class Kernel(Protocol):
             norm: of the scaled gradients, from `norm`, over all shards.
             max_norm: clips the unscaled norm to so much; 0 clips nothing.
             scale: loss scale the gradients carry; a number, or a tensor of one element.
+            whole: clips as if the unscaled norm were at least so much.
         """

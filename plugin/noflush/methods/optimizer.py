@@ -283,6 +283,7 @@ class DelayAwareOptimizer(Optimizer):
         norm: Tensor,
         max_norm: float = 0.0,
         scale: Tensor | float = 1.0,
+        whole: float = 0.0,
     ) -> Outcome:
         """One update of every flat group, in the order of `flatten`; clears the gradients.
 
@@ -295,6 +296,7 @@ class DelayAwareOptimizer(Optimizer):
             norm: of all gradients, all shards', still scaled: 0-dim float32.
             max_norm: clips the unscaled norm to so much; 0 clips nothing.
             scale: the loss scale.
+            whole: what is known of a larger norm that this one is part of: clips by that, if it is above its own.
 
         A norm that is not finite skips the update: state and weights stay, and the targets get the same weights.
         """
@@ -317,7 +319,7 @@ class DelayAwareOptimizer(Optimizer):
                     ahead,
                 )
             )
-        return kernel.update(flats, norm, max_norm, scale)
+        return kernel.update(flats, norm, max_norm, scale, whole)
 
     @property
     def looks_ahead(self) -> bool:

@@ -35,6 +35,8 @@ class Schedule:
         weights: name of the policy in `policies.POLICIES`: which version a forward uses, and what its backward sees.
             The twin has one version and no delay whatever is said here.
         extra_in_flight: e, micro-batches in flight at stage 0 beyond P; tapers to none at the last stage.
+        aligned: whether every stage keeps the version with the number of stage 0's newest, so that between calls the
+            whole model can be evaluated at one version.
 
     Raises:
         ValueError: a value out of range, a combination that cannot work, or an order too long to be proven.
@@ -45,6 +47,7 @@ class Schedule:
     name: ScheduleName = "1f1b_no_flush"
     weights: PolicyName = "stash"
     extra_in_flight: int = 0
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.gas < 1 or not 0 <= self.extra_in_flight <= MOST_IN_FLIGHT:
@@ -64,6 +67,11 @@ class Schedule:
             raise ValueError(
                 f"extra_in_flight={self.extra_in_flight} with schedule '1f1b_flush': a flushing pipeline has "
                 "nothing in flight between calls; set extra_in_flight to 0 or schedule to '1f1b_no_flush'"
+            )
+        if self.aligned and self.backward_sees_live_weights:
+            raise ValueError(
+                f"weights {self.weights!r} with eval_weights 'aligned': a stage keeps its newest weights alone, and "
+                "none as old as stage 0's; use weights 'stash', or eval_weights 'newest'"
             )
         if not self.flushes and (fault := self.policy.fault(self.lag(0), self.gas)):
             raise ValueError(f"weights {self.weights!r} with {fault}")
@@ -136,7 +144,14 @@ class Schedule:
 
     def versions_alive(self, stage: int) -> int:
         """Weight versions this stage must keep at once, the newest included."""
-        return 1 if self.flushes else self.policy.slots(self.lag(stage), self.gas)
+        needed = 1 if self.flushes else self.policy.slots(self.lag(stage), self.gas)
+        # By so many updates it is ahead of stage 0 between calls.
+        ahead = self.loss_lag(0) - self.loss_lag(stage)
+        return max(needed, ahead + 1) if self.aligned else needed
+
+    def aligned_version(self, calls: int) -> int:
+        """The newest version that every stage has made after ``calls`` calls: stage 0's newest."""
+        return max(0, calls - self.loss_lag(0))
 
     def loss_lag(self, stage: int) -> int:
         """Calls after which this stage learns the loss of a batch (it travels back with the gradients)."""

@@ -5,12 +5,12 @@
     down                                                    up
     before a call   Header: micro-batches, Notices          with a micro-batch's gradients, after a batch's last
     before the      PayloadSpec: what activations are         its report: losses, loss scale, every stage's bubble
-    first one                                                 and skipped updates, a request to stop
+    first one                                                 and skipped updates, norms, a request to stop
     then            activations                             gradients
 
-A thing travels one way: counts of skipped updates go up, where the first stage judges them; which batches were skipped
-goes down, to the last stage, which owns the loss scale. Small messages (headers, specs) are whole numbers on a channel
-of their own; a report is a tensor of the gradient message.
+A thing travels one way: counts of skipped updates and norms go up, where the first stage judges and adds them; which
+batches were skipped goes down, to the last stage, which owns the loss scale, and the norm of all stages to all. Small
+messages (headers, specs) are whole numbers on a channel of their own; a report is a tensor of the gradient message.
 """
 
 from __future__ import annotations
@@ -106,32 +106,34 @@ class StageFigures:
     """One stage's figures as it knew them when it opened a call.
 
     Attributes:
-        norm: gradient norm of its newest update that has been read, unscaled and before clipping; nan before any. Where
-            stages share one norm (tied layers), the first stage tells it and the others 0.
         busy_ns: nanoseconds of compute since the run began.
         spent_ns: nanoseconds in `train_batch` since the run began.
     """
 
-    norm: float
     busy_ns: int
     spent_ns: int
 
-    WORDS = 3
+    WORDS = 2
 
     def words(self) -> list[int]:
         """Whole numbers that a header can carry."""
-        (bits,) = struct.unpack("<q", struct.pack("<d", self.norm))
-        return [bits, self.busy_ns, self.spent_ns]
+        return [self.busy_ns, self.spent_ns]
 
     @classmethod
     def read(cls, words: Sequence[int]) -> tuple[StageFigures, ...]:
         """The figures of several stages from their words, one after the other."""
-        found = []
-        for at in range(0, len(words), cls.WORDS):
-            bits, busy, spent = words[at : at + cls.WORDS]
-            (norm,) = struct.unpack("<d", struct.pack("<q", bits))
-            found.append(cls(norm, busy, spent))
-        return tuple(found)
+        return tuple(cls(*words[at : at + cls.WORDS]) for at in range(0, len(words), cls.WORDS))
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """A gradient norm over all stages, unscaled and before clipping, and the call (from 1) whose batch it is of."""
+
+    step: int
+    norm: float
+
+
+_NO_NORM = BatchNorm(0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,14 @@ class Notices:
         skipped: batches that some stage so far skipped for gradients that are not finite, newly learnt.
         stopped_by: the stage for whose sake the first one ends the run, and its updates skipped in a row; or None.
         stop_requested: whether a rank of the first stage knows that somebody asked for a stop.
+        norm: over all stages, the newest that the first one knows; or None.
         figures: of the stages so far, in order.
     """
 
     skipped: tuple[int, ...] = ()
     stopped_by: tuple[int, int] | None = None
     stop_requested: bool = False
+    norm: BatchNorm | None = None
     figures: tuple[StageFigures, ...] = ()
 
 
@@ -169,8 +173,11 @@ class Header:
         """Whole numbers for the control channel."""
         stage, count = self.notices.stopped_by or (0, 0)
         figures = [word for of_stage in self.notices.figures for word in of_stage.words()]
+        norm = self.notices.norm or _NO_NORM
+        (bits,) = struct.unpack("<q", struct.pack("<d", norm.norm))
         return [
-            *(self.pulled, int(self.ready), stage, count, int(self.notices.stop_requested), len(figures)),
+            *(self.pulled, int(self.ready), stage, count, int(self.notices.stop_requested), norm.step, bits),
+            len(figures),
             *figures,
             *self.notices.skipped,
         ]
@@ -178,9 +185,11 @@ class Header:
     @classmethod
     def read(cls, words: Sequence[int]) -> Header:
         """The inverse of `words`."""
-        pulled, ready, stage, in_a_row, stop, count, *rest = words
+        pulled, ready, stage, in_a_row, stop, step, bits, count, *rest = words
+        (norm,) = struct.unpack("<d", struct.pack("<q", bits))
         stopped_by = (stage, in_a_row) if in_a_row else None
-        notices = Notices(tuple(rest[count:]), stopped_by, bool(stop), StageFigures.read(rest[:count]))
+        told = BatchNorm(step, norm) if step else None
+        notices = Notices(tuple(rest[count:]), stopped_by, bool(stop), told, StageFigures.read(rest[:count]))
         return cls(pulled, bool(ready), notices)
 
 
@@ -199,7 +208,7 @@ class ReportLayout:
     @property
     def words(self) -> int:
         """Length of the vector."""
-        return self.losses + 3 * self.stages + 2
+        return self.losses + 3 * self.stages + 3
 
     @property
     def bubbles(self) -> slice:
@@ -219,11 +228,16 @@ class ReportLayout:
     @property
     def stop(self) -> int:
         """1.0 if a stage so far was asked to stop, else nan."""
-        return self.words - 2
+        return self.words - 3
 
     @property
     def scale(self) -> int:
         """The loss scale the batch's gradients carry."""
+        return self.words - 2
+
+    @property
+    def squares(self) -> int:
+        """Sum of the squared gradient norms of the batch before, of the stages so far."""
         return self.words - 1
 
 
@@ -254,6 +268,7 @@ class BatchReports:
         report = torch.full((self.layout.words,), math.nan, dtype=torch.float64, device=self._device)
         report[: self.layout.losses] = losses
         report[self.layout.scale] = scale
+        report[self.layout.squares] = 0.0
         return report
 
     def add(self, received: Tensor, step: int, skipped: int, in_a_row: int, stop: bool) -> Tensor:

@@ -30,18 +30,16 @@ class NonFiniteGradients(RuntimeError):
 
 
 class SkippedUpdates:
-    """Counts a stage's skipped updates, and keeps its newest norm.
+    """Counts a stage's skipped updates.
 
     Attributes:
         total: since the start, that of loaded checkpoints included.
         in_a_row: the newest of them without a finite update between.
-        norm: gradient norm of the newest update that was counted; nan before any.
     """
 
     def __init__(self) -> None:
         self.total = 0
         self.in_a_row = 0
-        self.norm = math.nan
         self._outcomes = LateReader()
 
     def note(self, call: int, update: int, outcome: Outcome) -> None:
@@ -53,7 +51,6 @@ class SkippedUpdates:
         skipped = []
         for update, (norm, flag) in self._outcomes.take(before):
             self.in_a_row = self.in_a_row + 1 if flag else 0
-            self.norm = norm
             if flag:
                 self.total += 1
                 skipped.append((update, norm))
@@ -66,16 +63,11 @@ class SkippedUpdates:
 
     def snapshot(self) -> dict[str, Any]:
         """What `resume` takes."""
-        return {
-            "total": self.total,
-            "in_a_row": self.in_a_row,
-            "norm": self.norm,
-            "outcomes": self._outcomes.snapshot(),
-        }
+        return {"total": self.total, "in_a_row": self.in_a_row, "outcomes": self._outcomes.snapshot()}
 
     def resume(self, snapshot: dict[str, Any]) -> None:
         """Puts a `snapshot` back."""
-        self.total, self.in_a_row, self.norm = snapshot["total"], snapshot["in_a_row"], snapshot["norm"]
+        self.total, self.in_a_row = snapshot["total"], snapshot["in_a_row"]
         self._outcomes.resume(snapshot["outcomes"])
 
 

@@ -61,13 +61,16 @@ def take(stage: Stage) -> dict[str, Any]:
     """
     schedule, runner = stage.schedule, stage.runner
     following = runner.first_version + schedule.version(stage.stage, runner.calls * schedule.gas)
+    also = {following}
+    if schedule.aligned:
+        also |= {*range(runner.first_version + schedule.aligned_version(runner.calls), stage.ring.newest)}
     runs_again = in_flight(schedule, stage.stage, runner.calls)
     found: dict[str, Any] = to_host(
         {
             "format": FORMAT,
             "schedule": asdict(schedule),
             "replicas": stage.ranks.replicas,
-            "ring": stage.ring.snapshot(following, with_newest=stage.update.looks_ahead),
+            "ring": stage.ring.snapshot(also, with_newest=stage.update.looks_ahead),
             "position": runner.position(),
             "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
             "sent": [stage.without_request(message) for message in sent_and_not_taken(runner)],

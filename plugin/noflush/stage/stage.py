@@ -37,6 +37,7 @@ from noflush.stage.loss_scale import TravellingScale
 from noflush.stage.messages import BatchReports, Payload, ReportLayout, StageFigures, TensorSpec
 from noflush.stage.payloads import check_batch
 from noflush.stage.peer_watch import PeerWatch
+from noflush.stage.pipeline_norm import PipelineNorm
 from noflush.stage.prefetch import Prefetch
 from noflush.stage.ranks import Ranks
 from noflush.stage.replay import Sent, empty_links, replay
@@ -98,7 +99,8 @@ class StageOptions:
     """What a user may choose, as the block's fields of these names say it.
 
     ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
-    ``posting``: when receives are posted (None: as the backend wants it).
+    ``late_norm``: whether updates are clipped by the newest norm of all stages that is known without waiting
+    (`clipping.known_batch`); ``posting``: when receives are posted (None: as the backend wants it).
     """
 
     trace_dir: str | None = None
@@ -107,6 +109,7 @@ class StageOptions:
     stop_dir: str | None = None
     losses: int = 1
     one_norm: bool = False
+    late_norm: bool = False
     posting: Posting | None = None
 
 
@@ -129,9 +132,10 @@ class Stage:
 
     Raises:
         ScheduleError: the schedule could deadlock.
+        ValueError: an aligned schedule with a look-ahead.
 
     Attributes:
-        schedule, stage, ring, runner, recorder, guard, reports, weights, update: its parts.
+        schedule, stage, ring, runner, recorder, guard, reports, norm, weights, update: its parts.
         calls: calls made, those of a loaded checkpoint included.
         figures: of this stage and all before it, as told with the newest call's header.
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
@@ -196,11 +200,19 @@ class Stage:
             self._intake,
             self.tied,
         )
+        self.norm = PipelineNorm(counts=not options.one_norm or self.stage == 0)
         # Nobody is watched on gloo, whose waits notice by themselves.
         watched = () if backend == "gloo" else neighbours.watched
         self.watch = PeerWatch(watched, _mark if torch.cuda.is_available() else None)
         self.watch.start()
         self._tell_methods()
+        rule = weights.rule
+        looks_ahead = isinstance(rule, DelayAwareOptimizer) and any(group["look_ahead"] for group in rule.param_groups)
+        if schedule.aligned and schedule.lag(0) and looks_ahead:
+            raise ValueError(
+                "eval_weights 'aligned' with a look-ahead: stages keep what forwards compute with, which lies ahead of "
+                "the true weights; use 'newest' (the true ones), or look_ahead 0"
+            )
         self.guard = UpdateGuard(
             schedule, self.stage, layout, options.max_skipped_updates, options.stop_dir, self._scales_dynamically()
         )
@@ -289,9 +301,8 @@ class Stage:
         """
         guard = self.guard
         notices = guard.notices(before=self.calls - 1)
-        # Where every stage's norm is the whole pipeline's, it counts once.
-        norm = 0.0 if self._options.one_norm and self.stage else guard.skips.norm
-        notices = replace(notices, figures=(StageFigures(norm, *self.recorder.totals()),))
+        known = self.norm.tell(before=self.calls - 1) if self.stage == 0 else None
+        notices = replace(notices, norm=known, figures=(StageFigures(*self.recorder.totals()),))
         self._intake.begin(self.calls, self.runner.next_message, notices)
         self.runner.open_call()
         notices = self._intake.settle()
@@ -300,6 +311,7 @@ class Stage:
             self.work.save_stopped(folder, tag)
             raise guard.error(notices.stopped_by, f"{folder}/{tag}")
         self.figures, self.stop_requested = notices.figures, notices.stop_requested
+        self.norm.hear(self.calls, notices.norm)
         self._hear_of_skipped(notices.skipped)
 
     def run_call(self) -> None:
@@ -339,7 +351,11 @@ class Stage:
         """`runner.StageWork`."""
         for param, gradient in self.tied.owed():
             self.update.add_gradient(param, gradient)
-        outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale)
+        whole = self.norm.of_update(self.ring.newest)
+        if not self._options.late_norm or self.schedule.stages == 1:
+            whole = 0.0
+        outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale, whole)
+        self.norm.note(outcome.norm)
         self.guard.skips.note(self.calls, self.ring.newest, outcome)
         self._scale = None
         self.work.updated(outcome)
@@ -353,6 +369,9 @@ class Stage:
         report = reports.add(received, step, guard.skips.total, guard.skips.in_a_row, guard.stop_requested)
         if self._scaler is not None:
             self._scale = report[reports.layout.scale]
+        squares = report[reports.layout.squares] = self.norm.add_to(report[reports.layout.squares])
+        if self.stage == 0:
+            self.norm.arrived(self.calls, step - 1, squares)
         self.heard.loss(step, report[0].float())
         guard.hear(self.calls, step, report)
         self.work.heard(step, report)
@@ -374,6 +393,7 @@ class Stage:
                 if self.schedule.stages > 1:
                     dist.barrier(group=self.ranks.group)
             self.guard.settle(before=sys.maxsize)
+            self.norm.restart()
             if self._scaler is not None:
                 self._agree_on_scale(self._scaler())
             self.update.land(self.ring)
@@ -384,12 +404,26 @@ class Stage:
 
     @contextmanager
     def at_true_weights(self) -> Iterator[None]:
-        """Within, parameters are the newest true weights, not what forwards use: for evaluation, on all ranks.
+        """Within, parameters are the newest true weights, not what forwards use: for checkpoints, on all ranks.
 
         Micro-batches stay in flight.
         """
         flats = self.update.true_weights(self.ring)
         with nullcontext() if flats is None else self.ring.showing(flats), self.tied.showing():
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, parameters are those to be evaluated, on all ranks; micro-batches stay in flight.
+
+        Each stage's newest true weights, or with an aligned schedule all of the version that is stage 0's newest.
+        """
+        if not self.schedule.aligned:
+            with self.at_true_weights():
+                yield
+            return
+        version = self.runner.first_version + self.schedule.aligned_version(self.runner.calls)
+        with self.ring.showing(self.ring.flats_of(version)), self.tied.showing():
             yield
 
     def renumber(self, calls: int) -> None:
@@ -422,6 +456,7 @@ class Stage:
         return {
             "calls": self.calls,
             "guard": self.guard.snapshot(),
+            "norm": self.norm.snapshot(),
             "unheard": self._intake.skipped,
             "scale": self._scale_owner and self._scale_owner.snapshot(),
             "heard": self.heard.snapshot(),
@@ -432,6 +467,7 @@ class Stage:
         """Puts back what `told` gave."""
         self.calls = told["calls"]
         self.guard.resume(told["guard"])
+        self.norm.resume(told["norm"], self.device)
         self._intake.resume(tuple(told["unheard"]))
         if self._scale_owner is not None and told["scale"] is not None:
             self._scale_owner.resume(told["scale"])

@@ -37,8 +37,11 @@ class StageUpdate(Protocol):
     @property
     def gives_sums(self) -> bool: ...
 
-    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
-        """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them."""
+    def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
+        """Makes ``ring``'s next version out of the gradients, which carry the loss scale ``scale``; clears them.
+
+        ``whole``: what is known of all stages' norm, by which it clips if that is above its own; 0: nothing.
+        """
 
     def add_gradient(self, param: Tensor, gradient: Tensor) -> None:
         """Adds what other stages found for a weight of this one's, before `run`."""
@@ -109,7 +112,7 @@ class FusedUpdate:
         self.tuned = kernel.tune(self._shards or weights.collect_gradients())
 
     @torch.no_grad()
-    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+    def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
         """As `StageUpdate.run`; waits for nothing but the replicas."""
         weights = self._weights
         newest = ring.newest_flats
@@ -130,6 +133,7 @@ class FusedUpdate:
             norm,
             self._max_norm,
             scale,
+            whole,
         )
         weights.clear_gradients()
         if weights.sharded:
@@ -239,7 +243,7 @@ class TorchUpdate(NoLookAhead):
             param.grad = None if total is None else total.to(param.device)
 
     @torch.no_grad()
-    def run(self, ring: WeightRing, scale: Tensor | float) -> Outcome:
+    def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
         """As `StageUpdate.run`; reads the norm."""
         if self._reduce is not None:
             self._reduce()
@@ -248,7 +252,7 @@ class TorchUpdate(NoLookAhead):
         norm = slices.add_up(norm.to(ring.device))
         finite = math.isfinite(norm.item())
         if finite and self._max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm.clamp(min=whole))
         ring.update_in_place(self._weights.rule, skip=not finite)
         for p in ring.params:
             p.grad = None

@@ -13,7 +13,7 @@ really points with where its micro-batch's version lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,10 @@ class WeightRing:
             point(param, view)
         self._bound = version
 
+    def flats_of(self, version: int) -> list[Tensor]:
+        """The flat tensors of ``version``, one a layout. Raises WeightVersionError if that version is gone."""
+        return self._slot_of(version).flats
+
     def bind_newest(self) -> None:
         """Points every parameter at the newest version: what user code sees between calls."""
         self.bind(self.newest)
@@ -230,14 +234,14 @@ class WeightRing:
         self._where = {first: slot}
         self.newest = self._bound = first
 
-    def snapshot(self, following: int, with_newest: bool) -> dict[str, Any]:
-        """What `resume` takes: the numbers, and the versions that forwards and backwards to come need.
+    def snapshot(self, also: Iterable[int], with_newest: bool) -> dict[str, Any]:
+        """What `resume` takes: the numbers, and the versions that are still needed.
 
         Args:
-            following: the version that the next forward uses.
+            also: versions that are needed besides those of backwards to come.
             with_newest: the newest version too, which a checkpoint has unless it is not the true weights.
         """
-        needed = {following, *self._tags.values()} - {self.newest}
+        needed = {*also, *self._tags.values()} - {self.newest}
         return {
             "newest": self.newest,
             "tags": dict(self._tags),
@@ -266,9 +270,10 @@ class WeightRing:
     def _free_slot(self) -> _Slot:
         needed = set(self._tags.values()) if self.stash else set()
         current = self._where[self.newest]
-        for slot in self._slots:
-            if slot is not current and slot.version not in needed:
-                return slot
+        free = [slot for slot in self._slots if slot is not current and slot.version not in needed]
+        if free:
+            # The oldest: what is newer may still be evaluated.
+            return min(free, key=lambda slot: -1 if slot.version is None else slot.version)
         if self.newest in needed:
             raise WeightVersionError(
                 f"no free slot for version {self.newest + 1}: micro-batches in flight need {sorted(needed)} and there "
