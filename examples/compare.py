@@ -88,7 +88,7 @@ def prepare(text, out):
 
 
 def train(name, data, args, port, out):
-    """One run in its own processes; returns its loss curve and its trace."""
+    """One run in its own processes; returns its loss curve, how long each save held it up (s), and its trace."""
     shutil.rmtree(out / name, ignore_errors=True)
     (out / name).mkdir(parents=True)
     config = json.loads((HERE / "ds_config.json").read_text())
@@ -101,19 +101,21 @@ def train(name, data, args, port, out):
     command += [f"@{HERE / 'gpt_demo.args'}", *data, "--data-cache-path", str(out / "cache")]
     command += ["--train-iters", str(args.steps), "--lr", str(lr), "--min-lr", str(lr / 10), "--seed", str(args.seed)]
     command += ["--eval-interval", str(max(1, args.steps // 10)), "--save", str(out / name)]
+    command += ["--save-interval", str(max(1, args.steps // 2)), "--async-save"]
     command += ["--deepspeed", "--deepspeed_config", str(out / name / "ds_config.json")]
-    curve = follow(command, out / name / "log.txt", RUNS[name].title, args.steps)
-    return curve, trace.read(out / name / "trace")
+    curve, pauses = follow(command, out / name / "log.txt", RUNS[name].title, args.steps)
+    return curve, pauses, trace.read(out / name / "trace")
 
 
 _ITERATION = re.compile(r"iteration +(\d+)/.*elapsed time per iteration \(ms\): ([\d.]+).*lm loss: (\S+)")
+_SAVE = re.compile(r"training stood still for ([\d.]+) s")
 _VALIDATION = re.compile(r"validation loss at iteration (\d+) \| lm loss value: (\S+)")
 
 
 def follow(command, log, title, steps):
     """Runs the command with its output in ``log`` and its progress on the screen; stops here if it fails.
 
-    Returns the validation losses, each with the training time and the tokens until then.
+    Returns the validation losses, each with the training time and the tokens until then, and the pauses of saves (s).
     """
     columns = (
         TextColumn("{task.description:>28}"),
@@ -121,7 +123,7 @@ def follow(command, log, title, steps):
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    curve, last, seconds, tokens = [], 0, 0.0, 8 * 128
+    curve, pauses, last, seconds, tokens = [], [], 0, 0.0, 8 * 128
     with open(log, "w") as file, Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, note="starting 4 processes ...")
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -138,11 +140,13 @@ def follow(command, log, title, steps):
                 step = int(found[1])
                 point = {"step": step, "tokens": step * tokens, "seconds": seconds, "val_loss": float(found[2])}
                 curve.append(point)
+            elif found := _SAVE.search(line):
+                pauses.append(float(found[1]))
         code = process.wait()
     if code:
         console.print("".join(Path(log).read_text().splitlines(keepends=True)[-30:]))
         sys.exit(f"training {title} failed with exit status {code}; its whole log: {log}")
-    return curve
+    return curve, pauses
 
 
 def at_time(curve, seconds):
@@ -276,17 +280,24 @@ def main():
     args = p.parse_args()
     out = Path(args.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    curves, traces = {}, {}
+    curves, pauses, traces = {}, {}, {}
     data = prepare(args.text, out / "data")
     for name in RUNS:
         with nullcontext(args.port) if args.port else held_port() as port:
-            curves[name], traces[name] = train(name, data, args, port, out)
+            curves[name], pauses[name], traces[name] = train(name, data, args, port, out)
     summary = summarise(curves, traces)
+    call_s = curves["no_flush"][-1]["seconds"] / curves["no_flush"][-1]["step"]
+    summary["save"] = {"stood_still_s": pauses["no_flush"][0], "in_micro_batches": pauses["no_flush"][0] / call_s}
     (out / "summary.json").write_text(json.dumps(summary, indent=2))
     draw_loss(curves, out / "loss.png")
     drawn = [(RUNS[name].title, traces[name].events) for name in ("muon", "no_flush")]
     draw_timeline(drawn, str(out / "timeline.png"))
     print_table(summary)
+    save = summary["save"]
+    console.print(
+        f"A checkpoint in the middle of the run without the flush held training up for {save['stood_still_s']:.2f} s, "
+        f"{save['in_micro_batches']:.1f} micro-batches' time; nothing drained, and no loss is another for it."
+    )
     console.print(f"numbers: {out / 'summary.json'}\nplots: {out / 'loss.png'}, {out / 'timeline.png'}")
 
 

@@ -169,7 +169,7 @@ class Training:
             if dist.get_rank() == 0:
                 where = f"{self.settings.checkpoints.save}/{checkpoint.tag_of(self.position.iteration)}"
                 verb = "saving" if settings.block is not None and settings.block.async_save else "saved"
-                say(f"{verb} {where}; training stood still for {time.perf_counter() - begin:.1f} s")
+                say(f"{verb} {where}; training stood still for {time.perf_counter() - begin:.2f} s")
 
     def _finish_saves(self) -> None:
         try:
