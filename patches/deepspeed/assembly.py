@@ -11,6 +11,7 @@ from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.kernels.choice import choose
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import Wire
 from noflush.patches.deepspeed.ties import Ties, ties_of
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
@@ -56,6 +57,7 @@ def make_stage(
         engine.global_rank,
         engine.dp_world_size,
         pipe,
+        engine.grid.get_data_parallel_rank(),
     )
     options = StageOptions(
         trace_dir=block.trace_dir,
@@ -64,6 +66,7 @@ def make_stage(
         stop_dir=block.stop_dir,
         losses=losses,
         one_norm=engine.has_one_norm,
+        wire=Wire.read(block.wire),
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)

@@ -24,6 +24,9 @@ from noflush.methods.matrices import mark_embeddings_and_heads
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import AS_IN_MODEL, Wire
+from noflush.stage.messages import TensorSpec
+from noflush.stage.wire import Form, LinkForms
 
 Payload = Tensor | tuple[Tensor, ...]
 
@@ -149,6 +152,7 @@ class DelaySimulator:
         make_lr_scheduler: builds a stage's learning-rate scheduler (stepped after each of its updates), or None.
         precision: dtypes of weights and gradients.
         replicas: data-parallel replicas.
+        wire: the form that activations and gradients have between stages; they are coded and decoded on their way.
         shared: weights that stages share: all forwards and backwards of a micro-batch use the version that its owner's
             forward does, and the owner's update takes all their gradients.
         loss_scale: ``loss_scale(batch)`` multiplies that batch's loss, and its updates divide by it.
@@ -175,6 +179,7 @@ class DelaySimulator:
         loss_scale: Callable[[int], float] = lambda batch: 1.0,
         recompute: int = 0,
         shared: Sequence[Shared] = (),
+        wire: Wire = AS_IN_MODEL,
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
@@ -187,6 +192,7 @@ class DelaySimulator:
         self._recompute = recompute
         self._segment = 0
         self._shared = tuple(shared)
+        self._links = [[LinkForms(wire, link, r) for link in range(len(stages) - 1)] for r in range(replicas)]
         self._stages: list[_Stage] = []
         for s, module in enumerate(stages):
             # For `latest` a forward is as old as with `stash`; only its backward differs.
@@ -218,6 +224,10 @@ class DelaySimulator:
             version = stage.newest - m // self.schedule.gas + self.schedule.version(s, m)
             weights = stage.weights(version) | self._borrowed(s, m)
             frozen = _as_tuple(payload)
+            if s:
+                frozen = self._carried(
+                    self._links[replica][s - 1].activations, frozen, [TensorSpec.of(t) for t in frozen]
+                )
             received = tuple(t.detach().requires_grad_(t.requires_grad) for t in frozen)
             outputs = self._forward(stage.module, weights, received if isinstance(payload, tuple) else received[0])
             graphs.append((weights, received, outputs))
@@ -242,7 +252,16 @@ class DelaySimulator:
                 torch.zeros_like(t) if g is None else g
                 for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
+            if s:
+                specs = [TensorSpec.of(t) for t in received if t.requires_grad]
+                grads = self._carried(self._links[replica][s - 1].gradients, grads, specs)
         return loss.detach()
+
+    def _carried(self, form: Form, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+        """What a link makes of ``tensors``; whether they train stays as it was."""
+        batch, index = self._stages[0].newest, (self.micro_batches - self._segment) % self.schedule.gas
+        carried = form.decode(form.encode(tensors, specs, batch, index), specs)
+        return tuple(new.requires_grad_(old.requires_grad) for old, new in zip(tensors, carried, strict=True))
 
     def _borrowed(self, stage: int, m: int) -> dict[str, Tensor]:
         """What ``stage`` reads of other stages' weights, at the versions that their forwards of micro-batch m use."""

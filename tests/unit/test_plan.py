@@ -11,10 +11,12 @@ from noflush.__main__ import main
 from noflush.methods.price import StageShapes, price
 from noflush.methods.table import METHODS, load
 from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
+from noflush.order.link_traffic import link_traffic
 from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, tied_traffic
 from noflush.order.timing import Cost, play
+from noflush.order.wire_format import Wire
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8, 16])
@@ -179,3 +181,23 @@ def test_the_smallest_k_is_the_first_under_the_share():
         found = tied_traffic(vocabulary, 64, sequence, 1, 1, 2)
         least = found.enough_gas
         assert replace(found, gas=least).share < ENOUGH <= replace(found, gas=least - 1).share
+
+
+def test_bytes_on_a_link():
+    numbers = 2 * 1024 * 4096
+    assert link_traffic(4096, 1024, 2, 2).down == link_traffic(4096, 1024, 2, 2).up == 2 * numbers
+    coded = link_traffic(4096, 1024, 2, 4, Wire("int8", "int4"))
+    assert (coded.down, coded.up) == (numbers * 33 // 32, numbers * 17 // 32)
+
+
+def test_command_prints_what_links_carry(capsys):
+    sizes = ["--stages", "2", "--num-layers", "2", "--hidden-size", "4096", "--micro-batch-size", "2"]
+    assert main(["plan", *sizes, "--wire", "int8,int4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["link"] == {"down_bytes": 8650752, "up_bytes": 4456448}
+    assert main(["plan", *sizes, "--wire", "int8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "carries 8.2 MiB of activations a micro-batch down, and 8.2 MiB of gradients up" in said
+    assert "model 32.0 MiB, bf16 16.0 MiB, int8 8.2 MiB, int4 4.2 MiB" in said
+    for wrong in ("int2", "int8,int2", "int8,int8,int8"):
+        assert main(["plan", *sizes, "--wire", wrong]) == 2
+        assert f"--wire {wrong}" in capsys.readouterr().err

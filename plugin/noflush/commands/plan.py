@@ -11,11 +11,13 @@ from rich.table import Table
 
 from noflush.methods.price import gpt_stage, price
 from noflush.methods.table import METHODS
+from noflush.order.link_traffic import LinkTraffic, link_traffic
 from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
 from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, TiedTraffic, tied_traffic
 from noflush.order.timing import Cost
+from noflush.order.wire_format import WIRES, Wire
 
 
 def add(commands: Any) -> None:
@@ -28,6 +30,11 @@ def add(commands: Any) -> None:
     p.add_argument("--forward-ms", type=float, default=1.0, help="forward of a micro-batch at a stage")
     p.add_argument("--backward-ms", type=float, help="its backward (default: twice the forward)")
     p.add_argument("--link-latency-ms", type=float, default=0.0, help="one way, between neighbours")
+    p.add_argument(
+        "--wire",
+        default="model",
+        help=f"{', '.join(WIRES)}, or two of them: ACTIVATIONS,GRADIENTS (default: %(default)s)",
+    )
     memory = p.add_argument_group("memory (either the parameters of each stage, or a GPT's sizes)")
     memory.add_argument("--parameters", help="trainable parameters: one count a stage, separated by commas, or a total")
     memory.add_argument("--num-layers", type=int, help="transformer layers, a multiple of the stages")
@@ -59,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
     if data < 1 or tensor < 1:
         raise ValueError(f"--data-parallel {data}, --tensor-parallel {tensor}: give 1 or more, 1 for none")
     plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency, data, tensor)
-    tied = _tied(args)
+    tied, traffic = _tied(args), _traffic(args)
     if args.json:
         found = plan.to_json()
+        if traffic is not None:
+            found["link"] = {"down_bytes": traffic.down, "up_bytes": traffic.up}
         if tied is not None:
             found["tied"] = {"bytes": tied.tied, "activation_bytes": tied.gas * tied.activations, "share": tied.share,
                              "enough_gas": tied.enough_gas}  # fmt: skip
@@ -71,9 +80,23 @@ def run(args: argparse.Namespace) -> int:
     _print(console, plan, latency, cost)
     if args.num_layers and args.hidden_size:
         _print_methods(console, args, plan)
+    if traffic is not None:
+        _print_traffic(console, args, traffic)
     if tied is not None:
         _print_tied(console, tied, args.stages)
     return 0
+
+
+def _traffic(args: argparse.Namespace) -> LinkTraffic | None:
+    """What a micro-batch sends over each link; None where a GPT's sizes are not given, or there is no link."""
+    names = args.wire.split(",")
+    try:
+        wire = Wire.read(dict(zip(("activations", "gradients"), names, strict=True)) if len(names) > 1 else args.wire)
+    except ValueError as error:
+        raise ValueError(f"--wire {args.wire}: {error}") from None
+    if args.hidden_size is None or args.stages == 1:
+        return None
+    return link_traffic(args.hidden_size, args.seq_length, args.micro_batch_size, args.bytes_per_parameter, wire)
 
 
 def _tied(args: argparse.Namespace) -> TiedTraffic | None:
@@ -142,6 +165,15 @@ def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> No
                 f"{name}: an update costs {found.update_share:.0%} of a batch's compute, more than the {saved:.0%} "
                 "that the flush costs: raise --gas or --micro-batch-size, or choose a method of elements"
             )
+
+
+def _print_traffic(console: Console, args: argparse.Namespace, traffic: LinkTraffic) -> None:
+    sizes = args.hidden_size, args.seq_length, args.micro_batch_size, args.bytes_per_parameter
+    others = [f"{name} {human_bytes(link_traffic(*sizes, Wire.read(name)).down)}" for name in WIRES]
+    console.print(
+        f"each link carries {human_bytes(traffic.down)} of activations a micro-batch down, and "
+        f"{human_bytes(traffic.up)} of gradients up; by form of --wire: {', '.join(others)}"
+    )
 
 
 def _print_tied(console: Console, tied: TiedTraffic, stages: int) -> None:

@@ -138,7 +138,9 @@ class PlainStage(Stage):
         tied: Mapping[int, nn.Parameter] | None = None,
     ) -> None:
         pipelines = pipelines or [list(range(dist.get_world_size()))]
-        ranks = Ranks(pipelines, dist.get_rank(), len(pipelines))
+        rank = dist.get_rank()
+        replica = next(number for number, members in enumerate(pipelines) if rank in members)
+        ranks = Ranks(pipelines, rank, len(pipelines), replica=replica)
         replicas = None
         if len(pipelines) > 1:
             with without_splits():

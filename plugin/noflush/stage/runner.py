@@ -31,6 +31,7 @@ from noflush.stage.messages import Payload, PayloadSpec, TensorSpec
 from noflush.stage.payloads import check_outputs
 from noflush.stage.tied import TiedWeights
 from noflush.stage.versions import WeightRing
+from noflush.stage.wire import LinkForms
 from noflush.watch.trace import Recorder
 
 
@@ -66,6 +67,7 @@ class StageRunner:
         report: spec of the report tensor that travels up with the last gradient of every batch.
         posting: when receives are posted.
         tied: weights that other stages use too.
+        above, below: how the links to the stage before and to the next one carry activations and gradients.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class StageRunner:
         posting: Posting,
         intake: Intake,
         tied: TiedWeights,
+        above: LinkForms,
+        below: LinkForms,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -95,6 +99,7 @@ class StageRunner:
         self._report_spec = report
         self._posting = posting
         self._tied = tied
+        self._above, self._below = above, below
         tied.carriage.follow(schedule, 0)
         self._outgoing: PayloadSpec | None = None
         self._incoming: PayloadSpec | None = None
@@ -180,9 +185,13 @@ class StageRunner:
         # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
         return self._first_message + m
 
+    def _place(self, m: int) -> tuple[int, int]:
+        """The batch of micro-batch ``m``, counted over the whole run, and which one of it that is."""
+        return divmod(self._global(m), self.schedule.gas)
+
     def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
         assert self._outgoing is not None
-        gradients = self._outgoing.gradients()
+        gradients = self._below.gradients.specs(self._outgoing.gradients())
         if self._ends_batch(m):
             return (*gradients, self._report_spec, *self._tied.specs_up())
         return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
@@ -202,7 +211,8 @@ class StageRunner:
         assert inbox is not None
         assert self._incoming is not None
         while inbox.next_to_post <= self._message(m):
-            inbox.post((*self._incoming.tensors, *self._tied.specs_down(inbox.next_to_post)))
+            activations = self._above.activations.specs(self._incoming.tensors)
+            inbox.post((*activations, *self._tied.specs_down(inbox.next_to_post)))
 
     def _post_grad(self, m: int) -> None:
         inbox = self.neighbours.gradients_in
@@ -216,7 +226,7 @@ class StageRunner:
         assert self._incoming is not None
         taken, count = inbox.take(self._message(m)), len(self._incoming.tensors)
         self._tied.take_down(self._message(m), taken[count:])
-        tensors = taken[:count]
+        tensors = self._above.activations.decode(taken[:count], self._incoming.tensors)
         for tensor, spec in zip(tensors, self._incoming.tensors, strict=True):
             tensor.requires_grad_(spec.differentiable)
         self._received = tuple(tensors) if self._incoming.is_tuple else tensors[0]
@@ -258,8 +268,10 @@ class StageRunner:
         outbox, payload = self.neighbours.activations_out, self._to_send
         assert outbox is not None
         assert payload is not None
+        assert self._outgoing is not None
         tensors = payload if isinstance(payload, tuple) else (payload,)
-        outbox.send(self._message(m), (*tensors, *self._tied.to_send_down(self._message(m))))
+        coded = self._below.activations.encode(tensors, self._outgoing.tensors, *self._place(m))
+        outbox.send(self._message(m), (*coded, *self._tied.to_send_down(self._message(m))))
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
@@ -267,7 +279,7 @@ class StageRunner:
         assert inbox is not None
         assert self._outgoing is not None
         tensors, count = inbox.take(self._message(m)), len(self._outgoing.gradients())
-        self._gradients = tensors[:count]
+        self._gradients = list(self._below.gradients.decode(tensors[:count], self._outgoing.gradients()))
         if self._ends_batch(m):
             self._report = tensors[count]
             self._tied.take_up(tensors[count + 1 :])
@@ -292,7 +304,9 @@ class StageRunner:
     def _send_grad(self, m: int) -> None:  # (6)
         outbox = self.neighbours.gradients_out
         assert outbox is not None
-        gradients = self._work.input_gradients(self._buffer(m))
+        assert self._incoming is not None
+        found = self._work.input_gradients(self._buffer(m))
+        gradients = self._above.gradients.encode(found, self._incoming.gradients(), *self._place(m))
         if self._ends_batch(m):
             assert self._report is not None
             gradients = [*gradients, self._report, *self._tied.to_send_up()]

@@ -28,6 +28,7 @@ from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.deadlock import prove
 from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import AS_IN_MODEL, Wire
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
 from noflush.stage.intake import Intake
@@ -44,6 +45,7 @@ from noflush.stage.tied import Tie, TiedWeights
 from noflush.stage.update import StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
+from noflush.stage.wire import LinkForms
 from noflush.watch.device_time import DeviceTimes
 from noflush.watch.trace import Recorder
 
@@ -97,6 +99,7 @@ class StageOptions:
     losses: int = 1
     one_norm: bool = False
     posting: Posting | None = None
+    wire: Wire = AS_IN_MODEL
 
 
 DEFAULTS = StageOptions()
@@ -183,6 +186,8 @@ class Stage:
             self._posting,
             self._intake,
             self.tied,
+            LinkForms(options.wire, self.stage - 1, ranks.replica),
+            LinkForms(options.wire, self.stage, ranks.replica),
         )
         # Nobody is watched on gloo, whose waits notice by themselves.
         watched = () if backend == "gloo" else neighbours.watched
