@@ -51,7 +51,7 @@ def schedule_of(settings: Settings) -> Schedule:
     block, stages = settings.block, settings.ranks.pipeline
     if block is None:
         return Schedule(stages, settings.gas, "1f1b_flush")
-    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_in_flight)
+    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_at_start)
 
 
 def _facts(config: Mapping[str, Any], ranks: Ranks, model: Model) -> RunFacts:

@@ -67,6 +67,7 @@ def make_stage(
         losses=losses,
         one_norm=engine.has_one_norm,
         wire=Wire.read(block.wire),
+        auto_depth=block.extra_in_flight == "auto",
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)

@@ -91,6 +91,11 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
             "different batches, so there is no global norm to clip by; use 'stage', or schedule '1f1b_flush'"
         )
+    if config and config.extra_in_flight == "auto" and config.schedule == "1f1b_flush":
+        faults.append(
+            f"{BLOCK}.extra_in_flight is 'auto' with schedule '1f1b_flush': a flushing pipeline has nothing in flight "
+            "between calls, and so nothing to choose; set it to 0, or schedule to '1f1b_no_flush'"
+        )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *METHODS) or muon_section.names_it(ds_config.get("optimizer"))
     if config and config.kernel in ("triton", "compile") and not ours:
@@ -114,7 +119,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
                 gas=facts.gas,
                 name=config.schedule,
                 weights=config.weights,
-                extra_in_flight=config.extra_in_flight,
+                extra_in_flight=config.extra_at_start,
             )
         except ValueError as error:
             faults.append(f"{BLOCK}: {error}")

@@ -48,8 +48,10 @@ class AsyncPipelineConfig:
     """``stash``: backward sees exactly its forward's weights. ``latest``: one version, backward sees the live
     weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
 
-    extra_in_flight: int = 0
-    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
+    extra_in_flight: int | Literal["auto"] = 0
+    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay.
+    ``auto`` measures compute and links in the first calls, chooses the smallest depth that hides them, says it, and
+    goes on with it after a drain."""
 
     wire: str | dict[str, Any] = "model"
     """How activations and their gradients travel between stages: ``model`` (as they are), ``bf16``, ``int8`` or
@@ -81,6 +83,11 @@ class AsyncPipelineConfig:
 
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
+
+    @property
+    def extra_at_start(self) -> int:
+        """What is in flight beyond one a stage before anything was measured."""
+        return 0 if self.extra_in_flight == "auto" else self.extra_in_flight
 
 
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
@@ -123,7 +130,6 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
 
 
 _LATER = {
-    ("extra_in_flight", "auto"): "measuring the link to choose the depth comes later; give a number (0 to start)",
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
 }
 
@@ -161,7 +167,7 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
     faults = [
         f"{BLOCK}.{name} is {getattr(config, name)}: it must be from {least} to {most}{unit}"
         for name, (least, most, unit) in _RANGES.items()
-        if not least <= getattr(config, name) <= most
+        if getattr(config, name) != "auto" and not least <= getattr(config, name) <= most
     ]
     try:
         Wire.read(config.wire)

@@ -335,9 +335,17 @@ class DelaySimulator:
     def change_gas(self, gas: int) -> None:
         """What another K does: a `drain`, and the delays of that K from there on."""
         self.drain()
-        self.schedule = replace(self.schedule, gas=gas)
+        self._follow(replace(self.schedule, gas=gas))
+
+    def change_extra(self, extra: int) -> None:
+        """What another depth of `Schedule.extra_in_flight` does: a `drain`, and its delays from there on."""
+        self.drain()
+        self._follow(replace(self.schedule, extra_in_flight=extra))
+
+    def _follow(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         for s, stage in enumerate(self._stages):
-            stage.history = deque(stage.history, maxlen=self.schedule.max_delay(s) + 1)
+            stage.history = deque(stage.history, maxlen=schedule.max_delay(s) + 1)
             self._tell(s, stage)
 
     def _tell(self, s: int, stage: _Stage) -> None:

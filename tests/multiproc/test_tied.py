@@ -60,6 +60,8 @@ def cases(stages):
     found["drained, K=3"] = (3, "latest", 2, AHEAD, True, 0.0, "drain")
     found["evaluated"] = (1, "stash", 0, AHEAD, False, 0.0, "evaluate")
     found["another K"] = (3, "stash", 2, NADAMW, True, 0.0, "K=1")
+    found["deeper"] = (2, "stash", 1, NADAMW, True, 0.0, "e=4")
+    found["deeper, K=1"] = (1, "stash", 0, AHEAD, True, 0.0, "e=5")
     found["coded"] = (2, "stash", 1, NADAMW, True, 0.0, "int4")  # what is tied travels as it is
     found["a larger K"] = (1, "stash", 2, NADAMW, True, 0.0, "K=4")
     if stages <= 4:
@@ -106,6 +108,8 @@ def train(rank, stages, name):
                 seen = [p.detach().clone() for p in mine.values()]
         elif call == 4 and between is not None and between.startswith("K="):
             stage.change_gas(int(between[2:]))
+        elif call == 4 and between is not None and between.startswith("e="):
+            stage.change_extra(int(between[2:]))
     stage.drain()
     result = {"losses": losses, "weights": [p.detach().clone() for p in module.parameters()]}
     return result | ({"seen": seen} if between == "evaluate" else {})
@@ -139,6 +143,8 @@ def simulate(stages, name):
             simulator.drain()
         elif call == 4 and between is not None and between.startswith("K="):
             simulator.change_gas(int(between[2:]))
+        elif call == 4 and between is not None and between.startswith("e="):
+            simulator.change_extra(int(between[2:]))
     simulator.drain()
     return losses, simulator, shared
 

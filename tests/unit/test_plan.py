@@ -11,11 +11,12 @@ from noflush.__main__ import main
 from noflush.methods.price import StageShapes, price
 from noflush.methods.table import METHODS, load
 from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
+from noflush.order.depth import best_extra_in_flight, bound_of, choose_depth
 from noflush.order.link_traffic import link_traffic
-from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
+from noflush.order.plan import human_bytes, make_plan
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, tied_traffic
-from noflush.order.timing import Cost, play
+from noflush.order.timing import Cost, Link, play
 from noflush.order.wire_format import Wire
 
 
@@ -39,8 +40,8 @@ def test_extra_depth_hides_latency():
     cost, latency = Cost(1.0, 2.0), 0.5
     extra = best_extra_in_flight(8, 1, cost, latency)
     assert extra > 0
-    assert make_plan(Schedule(8, 1, extra_in_flight=extra), cost=cost, latency=latency).no_flush > 0.99
-    assert make_plan(Schedule(8, 1), cost=cost, latency=latency).no_flush < 0.8
+    assert make_plan(Schedule(8, 1, extra_in_flight=extra), cost=cost, links=latency).no_flush > 0.99
+    assert make_plan(Schedule(8, 1), cost=cost, links=latency).no_flush < 0.8
 
 
 def test_slowest_stage_sets_the_pace():
@@ -201,3 +202,64 @@ def test_command_prints_what_links_carry(capsys):
     for wrong in ("int2", "int8,int2", "int8,int8,int8"):
         assert main(["plan", *sizes, "--wire", wrong]) == 2
         assert f"--wire {wrong}" in capsys.readouterr().err
+
+
+def smallest_by_trying(schedule, costs, links, most):
+    """Every depth played, from none on."""
+    took = [play(replace(schedule, extra_in_flight=e), costs, links).seconds_per_call for e in range(most + 1)]
+    enough = max(bound_of(schedule, costs, links), min(took)) * 1.005
+    return next(e for e, seconds in enumerate(took) if seconds <= enough)
+
+
+@pytest.mark.parametrize(
+    ("stages", "gas", "link"),
+    [
+        (2, 1, Link(0.5)),
+        (4, 1, Link(0.05, 0.1, 0.1)),
+        (4, 2, Link(0.3)),
+        (6, 1, Link(0.05, 0.02, 0.01)),
+        (4, 1, Link(0)),
+    ],
+)
+def test_the_depth_chosen_is_the_smallest_that_is_enough(stages, gas, link):
+    schedule, costs, links = Schedule(stages, gas), [Cost(0.04, 0.08)] * stages, [link] * (stages - 1)
+    choice = choose_depth(schedule, costs, links, most=24)
+    assert choice.extra == smallest_by_trying(schedule, costs, links, 24)
+    assert choice.after <= choice.bound * 1.005 < choice.before or choice.extra == 0
+    assert choose_depth(schedule, costs, links, least=20, most=24).extra == 20
+    # What the schedule has in flight already does not count.
+    assert choose_depth(replace(schedule, extra_in_flight=3), costs, links, most=24) == choice
+
+
+def test_one_slow_link_and_one_slow_stage_are_enough_to_choose_by():
+    costs = [Cost(0.01, 0.02), Cost(0.02, 0.04), Cost(0.01, 0.02)]
+    far = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.1)])
+    near = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.001)])
+    assert far.extra > near.extra
+    assert far.bound == near.bound == pytest.approx(0.06)
+    narrow = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.001, down=0.1)])
+    assert narrow.bound == pytest.approx(0.1)
+    assert narrow.after == pytest.approx(0.1, rel=0.005)
+
+
+def test_a_depth_that_the_policy_cannot_have_is_not_chosen():
+    schedule = Schedule(4, 4, weights="2bw")  # K >= lag: one more, and no more
+    choice = choose_depth(schedule, [Cost(0.01, 0.02)] * 4, [Link(0.5)] * 3)
+    assert choice.extra == 1
+    assert choice.after > choice.bound
+
+
+def test_a_choice_says_what_it_costs():
+    said = str(choose_depth(Schedule(4, 1), [Cost(0.04, 0.08)] * 4, [Link(0.05, 0.1, 0.1)] * 3))
+    assert "120.0 ms of compute a micro-batch at a stage, links of up to 50.0 ms one way and 100.0 ms a message" in said
+    assert "9 more in flight, by prediction 120.0 ms a call (345.0 with none, 120.0 at any depth)" in said
+    assert "[12, 8, 4, 0] updates in place of [3, 2, 1, 0]" in said
+    assert "0 more in flight" in str(choose_depth(Schedule(4, 1), [Cost(0.04, 0.08)] * 4, [Link(0.0)] * 3))
+
+
+def test_a_link_carries_one_message_at_a_time():
+    """A direction that is busy longer than a stage computes sets the pace; the other direction is free meanwhile."""
+    schedule, costs = Schedule(2, 1, extra_in_flight=20), [Cost(0.01, 0.02)] * 2
+    assert play(schedule, costs, [Link(0.05, 0.1, 0.02)]).seconds_per_call == pytest.approx(0.1)
+    assert play(schedule, costs, [Link(0.05, 0.02, 0.2)]).seconds_per_call == pytest.approx(0.2)
+    assert play(schedule, costs, [Link(0.05)]).seconds_per_call == pytest.approx(0.03)

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from noflush.methods.price import gpt_stage, price
 from noflush.methods.table import METHODS
+from noflush.order.depth import best_extra_in_flight
 from noflush.order.link_traffic import LinkTraffic, link_traffic
-from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
+from noflush.order.plan import Plan, communicator_line, human_bytes, make_plan
 from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, TiedTraffic, tied_traffic

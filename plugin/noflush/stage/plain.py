@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from noflush.stage.stage import DEFAULTS, Stage, StageOptions
 from noflush.stage.tied import Tie
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights
+
+logger = logging.getLogger("noflush")
 
 
 class ModuleWork:
@@ -97,6 +100,13 @@ class ModuleWork:
 
     def heard(self, step: int, report: Tensor) -> None:
         """Nothing: `Stage.loss` has it."""
+
+    def reserve(self, buffers: int) -> None:
+        """Nothing: buffers are made as they are used."""
+
+    def say(self, line: str) -> None:
+        """To the logger ``noflush``."""
+        logger.info(line)
 
     def save_stopped(self, folder: str, tag: str) -> None:
         """Nothing: what is worth saving is whose loop it is to know."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from noflush.order.actions import CONTROL, POSTS, Action, Op
 from noflush.order.control import opening_order
+from noflush.order.link_traffic import LinkTraffic
 from noflush.order.posting import Posting, call_order, drain_order
 from noflush.order.retirement import retired_by
 from noflush.order.schedule import Schedule
@@ -145,6 +146,17 @@ class StageRunner:
     def next_message(self) -> int:
         """Number of the activation message with which the next call starts."""
         return self._message(self.calls * self.schedule.gas)
+
+    def traffic(self) -> tuple[LinkTraffic | None, LinkTraffic | None]:
+        """Bytes of a micro-batch on the links to the stage before and to the next one; None where there is none yet."""
+        return self._traffic(self._incoming, self._above), self._traffic(self._outgoing, self._below)
+
+    @staticmethod
+    def _traffic(spec: PayloadSpec | None, forms: LinkForms) -> LinkTraffic | None:
+        if spec is None:
+            return None
+        down = forms.activations.specs(spec.tensors)
+        return LinkTraffic(sum(t.nbytes for t in down), sum(t.nbytes for t in forms.gradients.specs(spec.gradients())))
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight; a new segment starts with the next call."""

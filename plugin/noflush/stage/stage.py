@@ -25,10 +25,15 @@ from noflush.failure import last_words
 from noflush.methods.flat import Outcome
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.order.actions import Op
 from noflush.order.deadlock import prove
+from noflush.order.depth import DepthChoice, choose_depth
+from noflush.order.policies import ceil_div
 from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
+from noflush.order.timing import Cost
 from noflush.order.wire_format import AS_IN_MODEL, Wire
+from noflush.stage import link_probe
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
 from noflush.stage.intake import Intake
@@ -51,6 +56,7 @@ from noflush.watch.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
 _LOSSES_KEPT = 1000
+_MEASURED_MICRO_BATCHES = 16
 
 
 class Work(Protocol):
@@ -80,6 +86,12 @@ class Work(Protocol):
     def heard(self, step: int, report: Tensor) -> None:
         """The losses of call ``step`` (from 1) are known here: ``report`` [n and more]."""
 
+    def reserve(self, buffers: int) -> None:
+        """From now on so many micro-batches may be in flight here at once."""
+
+    def say(self, line: str) -> None:
+        """Tells the user ``line``; every rank is given it."""
+
     def save_stopped(self, folder: str, tag: str) -> None:
         """Saves a checkpoint of a run that is about to end."""
 
@@ -89,7 +101,7 @@ class StageOptions:
     """What a user may choose, as the block's fields of these names say it.
 
     ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
-    ``posting``: when receives are posted (None: as the backend wants it).
+    ``posting``: when receives are posted (None: as the backend wants it); ``auto_depth``: to measure the depth.
     """
 
     trace_dir: str | None = None
@@ -100,6 +112,7 @@ class StageOptions:
     one_norm: bool = False
     posting: Posting | None = None
     wire: Wire = AS_IN_MODEL
+    auto_depth: bool = False
 
 
 DEFAULTS = StageOptions()
@@ -127,6 +140,7 @@ class Stage:
         calls: calls made, those of a loaded checkpoint included.
         figures: of this stage and all before it, as told with the newest call's header.
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
+        depth: what `choose_depth` last chose, and by which figures; None before.
         skipped_batches: batches that this stage has heard were skipped, by itself or a stage before it.
     """
 
@@ -174,6 +188,7 @@ class Stage:
             own = f"stage {self.stage} (rank {ranks.rank})"
             LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
         self.tied = TiedWeights(tied[0], self.stage, tied[1], ranks.pipelines, ranks.rank)
+        self._neighbours = neighbours
         self._intake = self._make_intake(neighbours)
         self.runner = StageRunner(
             schedule,
@@ -198,6 +213,15 @@ class Stage:
             schedule, self.stage, layout, options.max_skipped_updates, options.stop_dir, self._scales_dynamically()
         )
         self._restart_scale()
+        self.depth: DepthChoice | None = None
+        self._measure_after: int | None = None
+        self._measure_soon()
+
+    def _measure_soon(self) -> None:
+        """Has the depth chosen once the pipeline has been full for some micro-batches."""
+        if self._options.auto_depth and self.schedule.stages > 1:
+            steady = ceil_div(_MEASURED_MICRO_BATCHES, self.schedule.gas)
+            self._measure_after = self.calls + self.schedule.calls_until_alike + steady
 
     def _make_intake(self, neighbours: Any) -> Intake:
         ranks, first, last = self.ranks, self.stage == 0, self.stage == self.schedule.stages - 1
@@ -257,6 +281,8 @@ class Stage:
 
     def train_batch(self) -> None:
         """One call: `open_call` and `run_call`. Raises what they raise."""
+        if self.calls == self._measure_after:
+            self.choose_depth()
         begun = self.recorder.begin(None)
         with self.on_duty():
             self.open_call()
@@ -401,21 +427,59 @@ class Stage:
         self._intake.clear()
         self.guard.restart(skipped)
         self._learnt.clear()
+        self._measure_soon()
 
     def change_gas(self, gas: int) -> None:
         """Another K, on all ranks at the same call: drains, and fills anew with the next call.
 
         Raises ValueError for a K that the weight policy cannot have, before anything has changed.
         """
-        schedule = replace(self.schedule, gas=gas)
+        self._follow(replace(self.schedule, gas=gas))
+        self._intake.set_gas(gas)
+        self.renumber(self.calls)
+
+    def change_extra(self, extra: int) -> None:
+        """Another `Schedule.extra_in_flight`, on all ranks at the same call: drains, and fills anew.
+
+        Raises ValueError for one that the schedule cannot have, before anything has changed.
+        """
+        self._follow(replace(self.schedule, extra_in_flight=extra))
+        # Numbers stay, and so do the losses known; messages and the scale follow the new lags.
+        self.runner.restart(self.calls * self.schedule.gas)
+        self._restart_scale()
+
+    def choose_depth(self) -> None:
+        """Measures compute and links, chooses how many more micro-batches in flight hide them, and changes to it.
+
+        On all ranks at the same call; drains. Sets `depth`.
+        """
+        self._measure_after = None
+        self.drain()
+        typical = self.recorder.typical
+        cost = Cost(
+            typical(Op.FORWARD) + typical(Op.SEND_ACTIVATION),
+            typical(Op.BACKWARD) + typical(Op.SEND_GRAD),
+            typical(Op.UPDATE),
+        )
+        with self.on_duty():
+            above, below = self.runner.traffic()
+            mine = link_probe.measure(self._neighbours, above, below, self.device, self.stage, cost)
+            costs, links = link_probe.gather(mine, self.schedule.stages)
+            # Receives are posted for as many messages as links were deep, and which bring tied weights is settled.
+            least = self.schedule.extra_in_flight if self.tied.ties else 0
+            self.depth = choose_depth(self.schedule, costs, links, least)
+        self.work.say(str(self.depth))
+        if self.depth.extra != self.schedule.extra_in_flight:
+            self.change_extra(self.depth.extra)
+
+    def _follow(self, schedule: Schedule) -> None:
         prove(schedule, self._posting, self._options.one_norm)
         self.drain()
         self.schedule = self.runner.schedule = schedule
         self.ring.grow(schedule.versions_alive(self.stage))
-        self._intake.set_gas(gas)
+        self.work.reserve(schedule.in_flight(self.stage))
         self.guard.follow(schedule)
         self._tell_methods()
-        self.renumber(self.calls)
 
     def _tell_methods(self) -> None:
         rule = self.weights.rule
