@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from noflush.order.link_traffic import LinkTraffic
 from noflush.order.schedule import Schedule
 from noflush.order.timing import Cost, Link
 from noflush.order.wire_format import Wire, wire_bytes
@@ -181,6 +182,32 @@ def test_it_measures_again_after_a_checkpoint_was_loaded(tmp_path):
     for depths, updates in run_ranks(load_and_measure_again, 2, folder=str(tmp_path)):
         assert depths == 3  # none yet, that of the start, that after loading
         assert updates == 48
+
+
+def probe(rank, stages, together):
+    from noflush.stage.channels import connect
+    from noflush.stage.link_probe import gather, measure
+
+    neighbours = connect([list(range(stages))], rank, torch.device("cpu"), 60)
+    above = LinkTraffic(2000, 4000) if rank else None
+    below = LinkTraffic(2000, 4000) if rank < stages - 1 else None
+    with delayed(LATENCY_S, BYTES_PER_S):
+        mine = measure(neighbours, above, below, torch.device("cpu"), rank, Cost(1.0, 2.0), together)
+        return mine, gather(mine, stages)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_links_are_what_they_are_made_to_be(together):
+    """In turn a message also waits for the one before it to have gone on; together both ways wait for the slower."""
+    results = run_ranks(probe, 3, stages=3, together=together)
+    assert len({repr(agreed) for _, agreed in results}) == 1
+    costs, links = results[0][1]
+    assert costs == [Cost(1.0, 2.0)] * 3
+    assert results[0][0].down == results[2][0].up == results[2][0].latency == 0.0
+    for link in links:
+        assert LATENCY_S <= link.latency < 3 * LATENCY_S
+        assert 0.009 < link.down < 0.1
+        assert 0.018 < link.up < 0.1
 
 
 def test_of_all_ranks_figures_the_slowest_count():

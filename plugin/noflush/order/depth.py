@@ -97,11 +97,6 @@ def choose_depth(
     return DepthChoice(candidates[fits], tuple(costs), tuple(links), seconds(0), seconds(fits), bound)
 
 
-def best_extra_in_flight(stages: int, gas: int, cost: Cost, latency: float, most: int = MOST) -> int:
-    """`choose_depth` for stages and links that are alike."""
-    return choose_depth(Schedule(stages, gas), [cost] * stages, [Link(latency)] * (stages - 1), most=most).extra
-
-
 def bound_of(schedule: Schedule, costs: Sequence[Cost], links: Sequence[Link]) -> float:
     """Seconds a call at the least: what the slowest stage computes, or the busiest direction of a link carries."""
     compute = max(schedule.gas * (cost.forward + cost.backward) + cost.update for cost in costs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ def measure(
     device: torch.device,
     stage: int,
     cost: Cost,
+    together: bool,
 ) -> Measured:
     """Measures the links of ``stage``; on all ranks, with nothing in flight. A collective of the world.
 
@@ -60,10 +61,12 @@ def measure(
         above, below: bytes of a message to and from the stage before, and the next one; None where there is none.
         device: where messages lie.
         stage, cost: to be told with it.
+        together: whether all links are measured at once and both ways; an accelerator, which may do one thing at a
+            time, has them measured in turn.
     """
     latency = _latency(neighbours, device)
     dist.barrier()  # so that all links are busy together
-    down, up = _between_arrivals(neighbours, above, below, device)
+    down, up = (_together if together else _in_turn)(neighbours, above, below, device)
     return Measured(stage, cost, latency, down, up)
 
 
@@ -113,9 +116,10 @@ def _latency(neighbours: Neighbours, device: torch.device) -> float:
     return statistics.median(took) if took else 0.0
 
 
-def _between_arrivals(
+def _together(
     neighbours: Neighbours, above: LinkTraffic | None, below: LinkTraffic | None, device: torch.device
 ) -> tuple[float, float]:
+    """Between two arrivals from the stage before and from the next one, all links busy both ways."""
     coming: list[tuple[Peer, int]] = []
     going: list[tuple[Peer, int]] = []
     if above is not None and neighbours.activations_in is not None and neighbours.gradients_out is not None:
@@ -134,13 +138,35 @@ def _between_arrivals(
     for works in sent:
         for (peer, _), work in zip(going, works, strict=True):
             _wait(work, peer, device)
-    gaps = [statistics.median(_differences(arrivals)) for arrivals in marks]
+    gaps = [_typical_gap(arrivals) for arrivals in marks]
     down = gaps.pop(0) if above is not None else 0.0
     return down, gaps.pop(0) if below is not None else 0.0
 
 
-def _differences(values: Sequence[float]) -> Iterator[float]:
-    return (b - a for a, b in itertools.pairwise(values))
+def _in_turn(
+    neighbours: Neighbours, above: LinkTraffic | None, below: LinkTraffic | None, device: torch.device
+) -> tuple[float, float]:
+    """The same one direction after the other, and a message at a time: what the strictest accelerator can do too."""
+    took = []
+    ways = (
+        (neighbours.activations_in, above.down if above else 0, neighbours.activations_out, below.down if below else 0),
+        (neighbours.gradients_in, below.up if below else 0, neighbours.gradients_out, above.up if above else 0),
+    )
+    for inbox, coming, outbox, going in ways:
+        arrivals = []
+        for _ in range(_MESSAGES):
+            if inbox is not None:
+                _wait(_receive(_bytes(coming, device), inbox.peer), inbox.peer, device)
+                arrivals.append(time.perf_counter())
+            if outbox is not None:
+                _wait(_send(_bytes(going, device), outbox.peer), outbox.peer, device)
+        took.append(_typical_gap(arrivals))
+    down, up = took
+    return down, up
+
+
+def _typical_gap(arrivals: Sequence[float]) -> float:
+    return statistics.median(b - a for a, b in itertools.pairwise(arrivals)) if arrivals else 0.0
 
 
 def _bytes(count: int, device: torch.device) -> Tensor:

@@ -140,7 +140,7 @@ class Stage:
         calls: calls made, those of a loaded checkpoint included.
         figures: of this stage and all before it, as told with the newest call's header.
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
-        depth: what `choose_depth` last chose, and by which figures; None before.
+        depth: what `measure_depth` last chose, and by which figures; None before.
         skipped_batches: batches that this stage has heard were skipped, by itself or a stage before it.
     """
 
@@ -282,7 +282,7 @@ class Stage:
     def train_batch(self) -> None:
         """One call: `open_call` and `run_call`. Raises what they raise."""
         if self.calls == self._measure_after:
-            self.choose_depth()
+            self.measure_depth()
         begun = self.recorder.begin(None)
         with self.on_duty():
             self.open_call()
@@ -416,6 +416,8 @@ class Stage:
         self.runner.restart(calls * self.schedule.gas)
         self._restart_scale()
         self.reports.clear()
+        if self._measure_after is not None:
+            self._measure_soon()
 
     def restart(self, calls: int, skipped: int) -> None:
         """Goes on from a checkpoint of ``calls`` calls that was loaded into a drained stage.
@@ -448,7 +450,7 @@ class Stage:
         self.runner.restart(self.calls * self.schedule.gas)
         self._restart_scale()
 
-    def choose_depth(self) -> None:
+    def measure_depth(self) -> None:
         """Measures compute and links, chooses how many more micro-batches in flight hide them, and changes to it.
 
         On all ranks at the same call; drains. Sets `depth`.
@@ -463,7 +465,9 @@ class Stage:
         )
         with self.on_duty():
             above, below = self.runner.traffic()
-            mine = link_probe.measure(self._neighbours, above, below, self.device, self.stage, cost)
+            mine = link_probe.measure(
+                self._neighbours, above, below, self.device, self.stage, cost, self._posting == "ahead"
+            )
             costs, links = link_probe.gather(mine, self.schedule.stages)
             # Receives are posted for as many messages as links were deep, and which bring tied weights is settled.
             least = self.schedule.extra_in_flight if self.tied.ties else 0
