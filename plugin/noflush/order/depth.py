@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from noflush.order.policies import ceil_div
 from noflush.order.schedule import Schedule
 from noflush.order.timing import Cost, Link, play
 
 MOST = 64
 """Largest depth that is chosen by itself: what needs more costs more delay than one should pay without being asked."""
 _ENOUGH = 0.005
+_RESERVE = 4
+"""So many of what is just enough have one more for company: at a depth that is just enough every late message costs."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def choose_depth(
 ) -> DepthChoice:
     """The smallest depth that is predicted to come within 0.5 % of what a depth of ``most`` reaches, or of the bound.
 
+    And a quarter more, for links that jitter and machines that hesitate: what is played is never late.
+
     Args:
         schedule: whose depth is to be chosen; the one it has does not count.
         costs: of a micro-batch, one a stage.
@@ -93,7 +98,7 @@ def choose_depth(
             fits = middle
         else:
             too_few = middle
-    fits = max(fits, least)
+    fits = max(least, min(fits + ceil_div(fits, _RESERVE), len(candidates) - 1))
     return DepthChoice(candidates[fits], tuple(costs), tuple(links), seconds(0), seconds(fits), bound)
 
 
