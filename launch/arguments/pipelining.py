@@ -52,7 +52,7 @@ def schedule_of(settings: Settings) -> Schedule:
     if block is None:
         return Schedule(stages, settings.gas, "1f1b_flush")
     aligned = block.eval_weights == "aligned"
-    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_in_flight, aligned)
+    return Schedule(stages, settings.gas, block.schedule, block.weights, block.extra_at_start, aligned)
 
 
 def _facts(config: Mapping[str, Any], ranks: Ranks, model: Model) -> RunFacts:

@@ -11,6 +11,7 @@ from noflush.config import AsyncPipelineConfig, ConfigError
 from noflush.kernels.choice import choose
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import Wire
 from noflush.patches.deepspeed.ties import Ties, ties_of
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
@@ -56,6 +57,7 @@ def make_stage(
         engine.global_rank,
         engine.dp_world_size,
         pipe,
+        engine.grid.get_data_parallel_rank(),
     )
     options = StageOptions(
         trace_dir=block.trace_dir,
@@ -65,6 +67,8 @@ def make_stage(
         losses=losses,
         one_norm=engine.has_one_norm,
         late_norm=block.clip == "lagged_global" and not schedule.flushes,
+        wire=Wire.read(block.wire),
+        auto_depth=block.extra_in_flight == "auto",
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)

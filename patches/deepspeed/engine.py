@@ -322,6 +322,11 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         )
         _say(line)
 
+    def say(self, line: str) -> None:
+        """Prints ``line``, once in the whole job (for `work`)."""
+        if self.global_rank == 0:
+            _say(f"noflush: {line}")
+
     def _nf_write_events(self, before: int) -> None:
         """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt.
 
@@ -499,7 +504,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_stage.change_gas(gas)
         super().set_train_batch_size(train_batch_size)
         self._nf_samples_per_call = train_batch_size
-        self._reserve_pipe_buffers(self.schedule.in_flight(self.stage_id))
 
     # ---- optimizers --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 from noflush.config import BLOCK, AsyncPipelineConfig, ConfigError, read_block
 from noflush.methods.table import METHODS
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import Wire
 from noflush.patches.deepspeed import muon_section
 from noflush.patches.deepspeed.config_faults import at, faults_of_host_config
 
@@ -52,7 +53,7 @@ def check_config(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
         faults = faults or _faults_when_disabled(ds_config)
         config = None
     else:
-        faults += faults_of_host_config(ds_config)
+        faults += faults_of_host_config(ds_config) + _faults_of_wire(config, ds_config)
     if faults:
         raise ConfigError(faults)
     return config
@@ -64,7 +65,11 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
     config = read_block(ds_config, faults)
     of_config = faults_of_host_config(ds_config)
     # Once the config's own ZeRO section is refused, what the host made of it is no second fault.
-    faults += of_config + _faults_of_facts(replace(facts, zero_stage=0) if of_config else facts)
+    faults += (
+        of_config
+        + _faults_of_wire(config, ds_config)
+        + _faults_of_facts(replace(facts, zero_stage=0) if of_config else facts)
+    )
     if not facts.client_optimizer and not at(ds_config, "optimizer", "type"):
         faults.append(
             'no optimizer: noflush updates the weights itself; add an "optimizer" section or pass optimizer= '
@@ -86,6 +91,11 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
             f"{BLOCK}.clip is 'global' with schedule '1f1b_no_flush': without a flush the stages' gradients belong to "
             "different batches, so there is no global norm to clip by; use 'stage', 'lagged_global' (the newest norm "
             "of all stages that is known), or schedule '1f1b_flush'"
+        )
+    if config and config.extra_in_flight == "auto" and config.schedule == "1f1b_flush":
+        faults.append(
+            f"{BLOCK}.extra_in_flight is 'auto' with schedule '1f1b_flush': a flushing pipeline has nothing in flight "
+            "between calls, and so nothing to choose; set it to 0, or schedule to '1f1b_no_flush'"
         )
     # A client's optimizer is judged once it is there.
     ours = facts.client_optimizer or named in (None, *METHODS) or muon_section.names_it(ds_config.get("optimizer"))
@@ -123,7 +133,7 @@ def check_run(ds_config: Mapping[str, Any], facts: RunFacts) -> tuple[AsyncPipel
                 gas=facts.gas,
                 name=config.schedule,
                 weights=config.weights,
-                extra_in_flight=config.extra_in_flight,
+                extra_in_flight=config.extra_at_start,
                 aligned=config.eval_weights == "aligned",
             )
         except ValueError as error:
@@ -141,6 +151,19 @@ def _faults_when_disabled(ds_config: Mapping[str, Any]) -> list[str]:
         return [
             f"optimizer type {name!r} is noflush's, but {BLOCK} is not enabled: set {BLOCK}.enabled to true "
             '(with "schedule": "1f1b_flush" for the synchronous twin), or choose one of DeepSpeed\'s optimizers'
+        ]
+    return []
+
+
+def _faults_of_wire(config: AsyncPipelineConfig | None, ds_config: Mapping[str, Any]) -> list[str]:
+    try:
+        forms = Wire.read(config.wire) if config is not None else Wire()
+    except ValueError:  # said already
+        return []
+    if at(ds_config, "fp16", "enabled") and "bf16" in (forms.activations, forms.gradients):
+        return [
+            f"{BLOCK}.wire has bf16 in it with fp16.enabled true: bf16 takes the same two bytes a number and keeps "
+            "three bits less of it; use 'model', 'int8' or 'int4'"
         ]
     return []
 

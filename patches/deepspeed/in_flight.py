@@ -55,30 +55,37 @@ def load(engine: Any, folder: str | Path) -> bool:
         other = engine.checkpoint_engine.load(str(there), map_location="cpu")
         if other["replicas"] <= _replica(engine):  # it had no such replica, and is not put back anyway
             found = other
-    why = None if found is None else snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage)
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (None if found is not None else path.name, why))
-    missing = [name for name, _ in told if name is not None]
-    if missing and len(missing) < len(told):
+    missing = _told(None if found is not None else path.name)
+    if missing and len(missing) < dist.get_world_size():
         raise CheckpointError(
             f"checkpoint {folder} is incomplete: {', '.join(sorted(missing))} missing, which hold what was in flight; "
             f"load another, or remove {path_of('', 0, 0).name.split('_dp_')[0]}_*.pt to have the pipeline fill anew"
         )
-    reasons = [reason for _, reason in told if reason is not None]
-    if found is not None and reasons:
+    if found is None:
+        return False
+    if stage.options.auto_depth and stage.schedule.extra_in_flight != snapshot.depth_of(found):
+        stage.change_extra(snapshot.depth_of(found))  # the run's own choice, until it measures again
+    reasons = _told(snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage))
+    if reasons:
         _catch_up(engine, snapshot.missing_updates(found))
         if engine.global_rank == 0:
             logger.warning(
                 "noflush: %s: %s; the pipeline fills anew, and the micro-batches that were in flight are lost to the "
                 "stages that had still to learn from them", folder, reasons[0],
             )  # fmt: skip
-    if found is None or reasons:
         return False
     if _replica(engine):
         first = engine.checkpoint_engine.load(str(there), map_location="cpu")
         found["ring"]["versions"] = first["ring"]["versions"]
     snapshot.resume(stage, found)
     return True
+
+
+def _told(mine: str | None) -> list[str]:
+    """What ranks have to say that say anything; on all ranks."""
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    return [one for one in told if one is not None]
 
 
 def _catch_up(engine: Any, updates: int) -> None:

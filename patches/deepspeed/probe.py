@@ -45,8 +45,8 @@ NEEDED: dict[Owner, str] = {
         tied_weight_attrs
     """,
     GRID: """
-        _topo get_data_parallel_group get_model_parallel_group get_pipe_parallel_group get_slice_parallel_group
-        get_slice_parallel_rank get_slice_parallel_world_size
+        _topo get_data_parallel_group get_data_parallel_rank get_model_parallel_group get_pipe_parallel_group
+        get_slice_parallel_group get_slice_parallel_rank get_slice_parallel_world_size
     """,
     TOPOLOGY: "get_axis_comm_lists",
     CONFIG: """

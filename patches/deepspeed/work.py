@@ -120,6 +120,14 @@ class EngineWork:
         """As `Work.heard`."""
         self._engine.heard(step, report)
 
+    def reserve(self, buffers: int) -> None:
+        """As `Work.reserve`."""
+        self._engine._reserve_pipe_buffers(buffers)
+
+    def say(self, line: str) -> None:
+        """As `Work.say`: where DeepSpeed prints its own progress."""
+        self._engine.say(line)
+
     def save_stopped(self, folder: str, tag: str) -> None:
         """As `Work.save_stopped`: without what is in flight, which led to where the run ends."""
         self._engine.drain()

@@ -17,6 +17,7 @@ from noflush.methods.table import METHODS
 from noflush.order.clipping import ClipName
 from noflush.order.policies import PolicyName
 from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName
+from noflush.order.wire_format import Wire
 
 BLOCK = "async_pipeline"
 
@@ -48,8 +49,14 @@ class AsyncPipelineConfig:
     """``stash``: backward sees exactly its forward's weights. ``latest``: one version, backward sees the live
     weights. ``2bw``: every micro-batch of a batch uses the same version, delay 1 at every stage."""
 
-    extra_in_flight: int = 0
-    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay."""
+    extra_in_flight: int | Literal["auto"] = 0
+    """Micro-batches in flight at stage 0 beyond one a stage, 0 to 4096; hides link latency at the price of delay.
+    ``auto`` measures compute and links in the first calls, chooses the smallest depth that hides them, says it, and
+    goes on with it after a drain."""
+
+    wire: str | dict[str, Any] = "model"
+    """How activations and their gradients travel between stages: ``model`` (as they are), ``bf16``, ``int8`` or
+    ``int4``; or ``{"activations": ..., "gradients": ...}``. Fewer bytes, and other numbers."""
 
     clip: ClipName = "stage"
     """How ``gradient_clipping`` is applied. ``stage``: each stage clips by the norm of its own gradients. ``global``:
@@ -87,6 +94,11 @@ class AsyncPipelineConfig:
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
 
+    @property
+    def extra_at_start(self) -> int:
+        """What is in flight beyond one a stage before anything was measured."""
+        return 0 if self.extra_in_flight == "auto" else self.extra_in_flight
+
 
 def parse_block(ds_config: Mapping[str, Any]) -> AsyncPipelineConfig | None:
     """The block of a DeepSpeed config as a dict, or None where there is none or it is not enabled.
@@ -116,7 +128,8 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
     try:
         config = AsyncPipelineConfig(**{str(key): value for key, value in block.items()})
     except ValidationError as error:
-        faults += [_explain(dict(block), e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        found = [_explain(dict(block), e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        faults += [f"{where}: {', or '.join(rules)}" for where, rules in _by_key(found).items()]
         wrong = {str(e["loc"][0]) for e in error.errors() if e["loc"]}
         # The other keys may be out of range all the same: every fault is told at once.
         rest = {str(key): value for key, value in block.items() if str(key) not in wrong}
@@ -127,22 +140,30 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
 
 
 _LATER = {
-    ("extra_in_flight", "auto"): "measuring the link to choose the depth comes later; give a number (0 to start)",
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
 }
 
 
-def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, message: str) -> str:
+def _by_key(found: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """A key that may be of several types has a rule for each."""
+    rules: dict[str, list[str]] = {}
+    for where, rule in found:
+        rules.setdefault(where, []).append(rule)
+    return rules
+
+
+def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, message: str) -> tuple[str, str]:
+    """What is wrong with a key, and its rule."""
     key = str(location[0]) if location else "?"
     known = [f.name for f in fields(AsyncPipelineConfig)]
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-        return f"{BLOCK}.{key} is not a key: {hint}"
+        return f"{BLOCK}.{key} is not a key", hint
     value = block.get(key)
     later = _LATER.get((key, value)) if isinstance(value, str) else None
     rule = later or message[0].lower() + message[1:]
-    return f"{BLOCK}.{key} is {value!r}: {rule}"
+    return f"{BLOCK}.{key} is {value!r}", rule
 
 
 _RANGES = {
@@ -156,8 +177,12 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
     faults = [
         f"{BLOCK}.{name} is {getattr(config, name)}: it must be from {least} to {most}{unit}"
         for name, (least, most, unit) in _RANGES.items()
-        if not least <= getattr(config, name) <= most
+        if getattr(config, name) != "auto" and not least <= getattr(config, name) <= most
     ]
+    try:
+        Wire.read(config.wire)
+    except ValueError as error:
+        faults.append(f"{BLOCK}.wire is {config.wire!r}: {error}")
     rule = config.optimizer
     if rule is not None and (rule.get("type") not in METHODS or not isinstance(rule.get("params", {}), Mapping)):
         faults.append(

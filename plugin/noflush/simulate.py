@@ -25,6 +25,9 @@ from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.clipping import ClipName, known_batch, newest_finite
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import AS_IN_MODEL, Wire
+from noflush.stage.messages import TensorSpec
+from noflush.stage.wire import Form, LinkForms
 
 Payload = Tensor | tuple[Tensor, ...]
 
@@ -164,6 +167,7 @@ class DelaySimulator:
         make_lr_scheduler: builds a stage's learning-rate scheduler (stepped after each of its updates), or None.
         precision: dtypes of weights and gradients.
         replicas: data-parallel replicas.
+        wire: the form that activations and gradients have between stages; they are coded and decoded on their way.
         shared: weights that stages share: all forwards and backwards of a micro-batch use the version that its owner's
             forward does, and the owner's update takes all their gradients.
         loss_scale: ``loss_scale(batch)`` multiplies that batch's loss, and its updates divide by it.
@@ -192,6 +196,7 @@ class DelaySimulator:
         recompute: int = 0,
         shared: Sequence[Shared] = (),
         clip_by: ClipName = "stage",
+        wire: Wire = AS_IN_MODEL,
     ) -> None:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
@@ -205,6 +210,7 @@ class DelaySimulator:
         self._recompute = recompute
         self._segment = 0
         self._shared = tuple(shared)
+        self._links = [[LinkForms(wire, link, r) for link in range(len(stages) - 1)] for r in range(replicas)]
         self._stages: list[_Stage] = []
         for s, module in enumerate(stages):
             # For `latest` a forward is as old as with `stash`; only its backward differs.
@@ -236,6 +242,10 @@ class DelaySimulator:
             version = stage.newest - m // self.schedule.gas + self.schedule.version(s, m)
             weights = stage.weights(version) | self._borrowed(s, m)
             frozen = _as_tuple(payload)
+            if s:
+                frozen = self._carried(
+                    self._links[replica][s - 1].activations, frozen, [TensorSpec.of(t) for t in frozen]
+                )
             received = tuple(t.detach().requires_grad_(t.requires_grad) for t in frozen)
             outputs = self._forward(stage.module, weights, received if isinstance(payload, tuple) else received[0])
             graphs.append((weights, received, outputs))
@@ -260,7 +270,16 @@ class DelaySimulator:
                 torch.zeros_like(t) if g is None else g
                 for t, g in zip(wanted[len(weights) :], found[len(weights) :], strict=True)
             )
+            if s:
+                specs = [TensorSpec.of(t) for t in received if t.requires_grad]
+                grads = self._carried(self._links[replica][s - 1].gradients, grads, specs)
         return loss.detach()
+
+    def _carried(self, form: Form, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+        """What a link makes of ``tensors``; whether they train stays as it was."""
+        batch, index = self._stages[0].newest, (self.micro_batches - self._segment) % self.schedule.gas
+        carried = form.decode(form.encode(tensors, specs, batch, index), specs)
+        return tuple(new.requires_grad_(old.requires_grad) for old, new in zip(tensors, carried, strict=True))
 
     def _borrowed(self, stage: int, m: int) -> dict[str, Tensor]:
         """What ``stage`` reads of other stages' weights, at the versions that their forwards of micro-batch m use."""
@@ -346,9 +365,17 @@ class DelaySimulator:
     def change_gas(self, gas: int) -> None:
         """What another K does: a `drain`, and the delays of that K from there on."""
         self.drain()
-        self.schedule = replace(self.schedule, gas=gas)
+        self._follow(replace(self.schedule, gas=gas))
+
+    def change_extra(self, extra: int) -> None:
+        """What another depth of `Schedule.extra_in_flight` does: a `drain`, and its delays from there on."""
+        self.drain()
+        self._follow(replace(self.schedule, extra_in_flight=extra))
+
+    def _follow(self, schedule: Schedule) -> None:
+        self.schedule = schedule
         for s, stage in enumerate(self._stages):
-            stage.history = deque(stage.history, maxlen=self.schedule.max_delay(s) + 1)
+            stage.history = deque(stage.history, maxlen=schedule.max_delay(s) + 1)
             self._tell(s, stage)
 
     def _tell(self, s: int, stage: _Stage) -> None:

@@ -162,6 +162,7 @@ CASES = {
     "P2-flush": (2, 2, {"schedule": "1f1b_flush"}, t.NADAMW, {}),
     "P3-bf16": (3, 2, {}, MUON, BF16),
     "P3-bf16-torch": (3, 2, {}, t.ADAMW, BF16),
+    "P3-int8": (3, 2, {"wire": "int8"}, t.NADAMW, {}),
     "P3-aligned": (3, 1, {"eval_weights": "aligned"}, t.NADAMW, {}),
     "P3-late-norm": (3, 1, {"clip": "lagged_global"}, t.NADAMW, {"gradient_clipping": 0.05}),
     "P3-zero": (3, 1, {}, t.NADAMW, ZERO),
@@ -169,7 +170,7 @@ CASES = {
 }
 
 
-SLOW = {"P3-K2", "P4-K4", "P3-torch", "P4-K2-nag", "P3-bf16-torch", "P3-zero-torch"}
+SLOW = {"P3-aligned", "P3-K2", "P4-K4", "P3-torch", "P4-K2-nag", "P3-bf16-torch", "P3-zero-torch"}
 
 
 @pytest.mark.parametrize(
@@ -292,6 +293,31 @@ def test_a_resumed_run_is_not_asked_to_stop_as_the_one_before_it_was(tmp_path):
     (steps,) = set(run_ranks(stop_and_save, 3, folder=str(tmp_path)))
     assert 6 < steps < 20
     assert run_ranks(go_on_unasked, 3, folder=str(tmp_path)) == [False] * 3
+
+
+def train_at_a_chosen_depth(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {"extra_in_flight": "auto"}))
+    data = stream(engine, 1, 9)
+    engine.pipeline_stage.change_extra(3)  # as if it had been measured
+    losses = [engine.train_batch(data).item() for _ in range(6)]
+    engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
+    return losses, [engine.train_batch(data).item() for _ in range(3)]
+
+
+def go_on_at_that_depth(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {"extra_in_flight": "auto"}))
+    _, client = engine.load_checkpoint(folder)
+    torch.set_rng_state(client["random"])
+    data = stream(engine, 1, 9, done=6)
+    return engine.schedule.extra_in_flight, [engine.train_batch(data).item() for _ in range(3)]
+
+
+def test_a_depth_that_was_chosen_is_gone_on_with(tmp_path):
+    """Until it is measured again, some calls later."""
+    whole = run_ranks(train_at_a_chosen_depth, 3, folder=str(tmp_path))
+    for (_, losses), (extra, again) in zip(whole, run_ranks(go_on_at_that_depth, 3, folder=str(tmp_path)), strict=True):
+        assert extra == 3
+        assert [repr(loss) for loss in again] == [repr(loss) for loss in losses]
 
 
 def save_in_the_background(rank, folder, ends_at_once):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from noflush.order.wire_format import Wire
 from noflush.simulate import Precision
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
@@ -173,9 +174,10 @@ def allow_fp16():
 
 
 FP16_CASES = {
-    "noflush's K=1": (1, t.NADAMW, {}, t.torch_nadam, 0.0),
-    "DeepSpeed's K=2": (2, t.ADAMW, {}, t.adamw, 0.0),
-    "noflush's K=2, clipped": (2, t.NADAMW, {"gradient_clipping": 0.05}, t.torch_nadam, 0.05),
+    "noflush's K=1": (1, t.NADAMW, {}, t.torch_nadam, 0.0, "model"),
+    "DeepSpeed's K=2": (2, t.ADAMW, {}, t.adamw, 0.0, "model"),
+    "noflush's K=2, clipped": (2, t.NADAMW, {"gradient_clipping": 0.05}, t.torch_nadam, 0.05, "model"),
+    "noflush's K=1, coded": (1, t.NADAMW, {}, t.torch_nadam, 0.0, "int8"),
 }
 
 
@@ -184,7 +186,7 @@ def train_fp16(rank, stages):
 
     allow_fp16()
     results = {}
-    for name, (gas, optimizer, more, _, _) in FP16_CASES.items():
+    for name, (gas, optimizer, more, _, _, wire) in FP16_CASES.items():
         scales = {}
         begin = TravellingScale.begin
 
@@ -194,7 +196,7 @@ def train_fp16(rank, stages):
 
         TravellingScale.begin = noted
         engines = []
-        config = t.ds_config(gas, optimizer, {}, **FP16 | ZERO | more)
+        config = t.ds_config(gas, optimizer, {"wire": wire}, **FP16 | ZERO | more)
         results[name] = t.train(rank, stages, gas, 40, config, between=lambda e, _: engines.append(e))  # noqa: B023
         TravellingScale.begin = begin
         engines[-1].pipeline_stage.guard.notices(before=10**9)
@@ -205,8 +207,8 @@ def train_fp16(rank, stages):
 @pytest.mark.parametrize(("stages", "replicas"), [pytest.param(2, 1, marks=pytest.mark.slow), (4, 1), (2, 2)])
 def test_fp16_equals_the_simulator_with_the_same_scales(stages, replicas):
     results = run_ranks(train_fp16, stages * replicas, timeout=200, stages=stages)
-    for name, (gas, _, _, make_optimizer, clip) in FP16_CASES.items():
-        if replicas > 1 and name != "noflush's K=1":
+    for name, (gas, _, _, make_optimizer, clip, wire) in FP16_CASES.items():
+        if replicas > 1 and not name.startswith("noflush's K=1"):
             # DeepSpeed takes the replicas' mean in fp16, where halving rounds what is subnormal; and the norm of two
             # shards rounds otherwise than the norm of the whole.
             continue
@@ -215,7 +217,7 @@ def test_fp16_equals_the_simulator_with_the_same_scales(stages, replicas):
         skipped = []
         losses, weights = t.simulate(
             stages, gas, 40, make_optimizer, clip=clip, precision=Precision(torch.float16), replicas=replicas,
-            loss_scale=scales.__getitem__, found=skipped,
+            loss_scale=scales.__getitem__, found=skipped, wire=Wire.read(wire),
         )  # fmt: skip
         for replica in range(replicas):
             t.assert_same(runs[replica::replicas], losses[replica] if replicas > 1 else losses, weights)

@@ -12,6 +12,7 @@ from noflush.demo.gpt import gpt_layers, next_token_loss, split_by_blocks
 from noflush.methods.matrices import mark_embeddings_and_heads
 from noflush.methods.table import load
 from noflush.order.schedule import Schedule
+from noflush.order.wire_format import Wire
 from noflush.simulate import DelaySimulator, Shared
 from tests.multiproc.ranks import run_ranks
 from tests.multiproc.training import data
@@ -59,14 +60,22 @@ def cases(stages):
     found["drained, K=3"] = (3, "latest", 2, AHEAD, True, 0.0, "drain")
     found["evaluated"] = (1, "stash", 0, AHEAD, False, 0.0, "evaluate")
     found["another K"] = (3, "stash", 2, NADAMW, True, 0.0, "K=1")
+    found["deeper"] = (2, "stash", 1, NADAMW, True, 0.0, "e=4")
+    found["deeper, K=1"] = (1, "stash", 0, AHEAD, True, 0.0, "e=5")
+    found["coded"] = (2, "stash", 1, NADAMW, True, 0.0, "int4")  # what is tied travels as it is
     found["a larger K"] = (1, "stash", 2, NADAMW, True, 0.0, "K=4")
     if stages <= 4:
         found["2bw"] = (3, "2bw", 0, NADAMW, True, 0.0, "drain")
     return found
 
 
+def wire_of(between):
+    return Wire("int4", "int4") if between == "int4" else Wire()
+
+
 def train(rank, stages, name):
     from noflush.stage.plain import PlainStage
+    from noflush.stage.stage import StageOptions
     from noflush.stage.tied import Tie
 
     gas, weights, extra, (kind, params), three, clip, between = cases(stages)[name]
@@ -87,7 +96,8 @@ def train(rank, stages, name):
         return loss
 
     schedule = Schedule(stages, gas, weights=weights, extra_in_flight=extra)
-    stage = PlainStage(schedule, module, loss_fn, optimizer, max_norm=clip, ties=ties, tied=mine)
+    options = StageOptions(wire=wire_of(between))
+    stage = PlainStage(schedule, module, loss_fn, optimizer, max_norm=clip, options=options, ties=ties, tied=mine)
     stream = iter(data(200, gpt=GPT))
     for call in range(CALLS):
         stage.train_on(stream)
@@ -96,8 +106,10 @@ def train(rank, stages, name):
         elif call == 4 and between == "evaluate":
             with stage.at_true_weights():
                 seen = [p.detach().clone() for p in mine.values()]
-        elif call == 4 and between is not None:
+        elif call == 4 and between is not None and between.startswith("K="):
             stage.change_gas(int(between[2:]))
+        elif call == 4 and between is not None and between.startswith("e="):
+            stage.change_extra(int(between[2:]))
     stage.drain()
     result = {"losses": losses, "weights": [p.detach().clone() for p in module.parameters()]}
     return result | ({"seen": seen} if between == "evaluate" else {})
@@ -123,7 +135,7 @@ def simulate(stages, name):
             parameter(parts[s], of).data.copy_(owned)
     make = lambda ps: load(kind)(ps, **params)  # noqa: E731
     schedule = Schedule(stages, gas, weights=weights, extra_in_flight=extra)
-    simulator = DelaySimulator(parts, next_token_loss, make, schedule, clip, shared=shared)
+    simulator = DelaySimulator(parts, next_token_loss, make, schedule, clip, shared=shared, wire=wire_of(between))
     stream, losses = iter(data(200, gpt=GPT)), []
     for call in range(CALLS):
         losses += [simulator.train_micro_batch(*next(stream)).item() for _ in range(simulator.schedule.gas)]
@@ -131,6 +143,8 @@ def simulate(stages, name):
             simulator.drain()
         elif call == 4 and between is not None and between.startswith("K="):
             simulator.change_gas(int(between[2:]))
+        elif call == 4 and between is not None and between.startswith("e="):
+            simulator.change_extra(int(between[2:]))
     simulator.drain()
     return losses, simulator, shared
 

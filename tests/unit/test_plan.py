@@ -11,10 +11,13 @@ from noflush.__main__ import main
 from noflush.methods.price import StageShapes, price
 from noflush.methods.table import METHODS, load
 from noflush.order.communicators import GROUP_BYTES_ESTIMATE, LINK_BYTES_ESTIMATE, communicators
-from noflush.order.plan import best_extra_in_flight, human_bytes, make_plan
+from noflush.order.depth import bound_of, choose_depth
+from noflush.order.link_traffic import link_traffic
+from noflush.order.plan import human_bytes, make_plan
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, tied_traffic
-from noflush.order.timing import Cost, play
+from noflush.order.timing import Cost, Link, play
+from noflush.order.wire_format import Wire
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 8, 16])
@@ -35,10 +38,10 @@ def test_latency_costs_what_design_says(stages):
 
 def test_extra_depth_hides_latency():
     cost, latency = Cost(1.0, 2.0), 0.5
-    extra = best_extra_in_flight(8, 1, cost, latency)
+    extra = choose_depth(Schedule(8, 1), [cost] * 8, [Link(latency)] * 7).extra
     assert extra > 0
-    assert make_plan(Schedule(8, 1, extra_in_flight=extra), cost=cost, latency=latency).no_flush > 0.99
-    assert make_plan(Schedule(8, 1), cost=cost, latency=latency).no_flush < 0.8
+    assert make_plan(Schedule(8, 1, extra_in_flight=extra), cost=cost, links=latency).no_flush > 0.99
+    assert make_plan(Schedule(8, 1), cost=cost, links=latency).no_flush < 0.8
 
 
 def test_slowest_stage_sets_the_pace():
@@ -179,3 +182,109 @@ def test_the_smallest_k_is_the_first_under_the_share():
         found = tied_traffic(vocabulary, 64, sequence, 1, 1, 2)
         least = found.enough_gas
         assert replace(found, gas=least).share < ENOUGH <= replace(found, gas=least - 1).share
+
+
+def test_bytes_on_a_link():
+    numbers = 2 * 1024 * 4096
+    assert link_traffic(4096, 1024, 2, 2).down == link_traffic(4096, 1024, 2, 2).up == 2 * numbers
+    coded = link_traffic(4096, 1024, 2, 4, Wire("int8", "int4"))
+    assert (coded.down, coded.up) == (numbers * 33 // 32, numbers * 17 // 32)
+
+
+def test_command_prints_what_links_carry(capsys):
+    sizes = ["--stages", "2", "--num-layers", "2", "--hidden-size", "4096", "--micro-batch-size", "2"]
+    assert main(["plan", *sizes, "--wire", "int8,int4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["link"] == {"down_bytes": 8650752, "up_bytes": 4456448}
+    assert main(["plan", *sizes, "--wire", "int8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "carries 8.2 MiB of activations a micro-batch down, and 8.2 MiB of gradients up" in said
+    assert "model 32.0 MiB, bf16 16.0 MiB, int8 8.2 MiB, int4 4.2 MiB" in said
+    for wrong in ("int2", "int8,int2", "int8,int8,int8"):
+        assert main(["plan", *sizes, "--wire", wrong]) == 2
+        assert f"--wire {wrong}" in capsys.readouterr().err
+
+
+def smallest_by_trying(schedule, costs, links, most):
+    """Every depth played, from none on."""
+    took = [play(replace(schedule, extra_in_flight=e), costs, links).seconds_per_call for e in range(most + 1)]
+    enough = max(bound_of(schedule, costs, links), min(took)) * 1.005
+    return next(e for e, seconds in enumerate(took) if seconds <= enough)
+
+
+@pytest.mark.parametrize(
+    ("stages", "gas", "link"),
+    [
+        (2, 1, Link(0.5)),
+        (4, 1, Link(0.05, 0.1, 0.1)),
+        (4, 2, Link(0.3)),
+        (6, 1, Link(0.05, 0.02, 0.01)),
+        (4, 1, Link(0)),
+    ],
+)
+def test_the_depth_chosen_is_the_smallest_that_is_enough_and_a_quarter_more(stages, gas, link):
+    schedule, costs, links = Schedule(stages, gas), [Cost(0.04, 0.08)] * stages, [link] * (stages - 1)
+    choice = choose_depth(schedule, costs, links, most=24)
+    enough = smallest_by_trying(schedule, costs, links, 24)
+    assert choice.extra == min(24, enough + -(-enough // 4))
+    assert choice.after <= choice.bound * 1.005 < choice.before or choice.extra == 0
+    assert choose_depth(schedule, costs, links, least=20, most=24).extra == 20
+    # What the schedule has in flight already does not count.
+    assert choose_depth(replace(schedule, extra_in_flight=3), costs, links, most=24) == choice
+
+
+def test_one_slow_link_and_one_slow_stage_are_enough_to_choose_by():
+    costs = [Cost(0.01, 0.02), Cost(0.02, 0.04), Cost(0.01, 0.02)]
+    far = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.1)])
+    near = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.001)])
+    assert far.extra > near.extra
+    assert far.bound == near.bound == pytest.approx(0.06)
+    narrow = choose_depth(Schedule(3, 1), costs, [Link(0.001), Link(0.001, down=0.1)])
+    assert narrow.bound == pytest.approx(0.1)
+    assert narrow.after == pytest.approx(0.1, rel=0.005)
+
+
+def test_a_depth_that_the_policy_cannot_have_is_not_chosen():
+    schedule = Schedule(4, 4, weights="2bw")  # K >= lag: one more, and no more
+    choice = choose_depth(schedule, [Cost(0.01, 0.02)] * 4, [Link(0.5)] * 3)
+    assert choice.extra == 1
+    assert choice.after > choice.bound
+
+
+def test_a_choice_says_what_it_costs():
+    said = str(choose_depth(Schedule(4, 1), [Cost(0.04, 0.08)] * 4, [Link(0.05, 0.1, 0.1)] * 3))
+    assert "120.0 ms of compute a micro-batch at a stage, links of up to 50.0 ms one way and 100.0 ms a message" in said
+    assert "12 more in flight, by prediction 120.0 ms a call (345.0 with none, 120.0 at any depth)" in said
+    assert "[15, 10, 5, 0] updates in place of [3, 2, 1, 0]" in said
+    assert "0 more in flight" in str(choose_depth(Schedule(4, 1), [Cost(0.04, 0.08)] * 4, [Link(0.0)] * 3))
+
+
+def test_a_link_carries_one_message_at_a_time():
+    """A direction that is busy longer than a stage computes sets the pace; the other direction is free meanwhile."""
+    schedule, costs = Schedule(2, 1, extra_in_flight=20), [Cost(0.01, 0.02)] * 2
+    assert play(schedule, costs, [Link(0.05, 0.1, 0.02)]).seconds_per_call == pytest.approx(0.1)
+    assert play(schedule, costs, [Link(0.05, 0.02, 0.2)]).seconds_per_call == pytest.approx(0.2)
+    assert play(schedule, costs, [Link(0.05)]).seconds_per_call == pytest.approx(0.03)
+
+
+def test_command_counts_what_a_link_carries(capsys):
+    """32 MiB a micro-batch each way: 268 ms at 1 Gbit/s, more than the 120 ms of compute; coded less."""
+    sizes = ["--stages", "2", "--num-layers", "2", "--hidden-size", "4096", "--micro-batch-size", "2"]
+    link = ["--forward-ms", "40", "--backward-ms", "80", "--link-mbit", "1000", "--link-latency-ms", "50"]
+
+    def utilisation(*more):
+        assert main(["plan", *sizes, *link, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["utilisation"]["no_flush"]
+
+    assert utilisation("--extra-in-flight", "20") == pytest.approx(0.120 / (8 * 2**25 / 1e9), rel=1e-3)
+    assert utilisation("--extra-in-flight", "20", "--wire", "int8") == pytest.approx(1.0)
+    assert main(["plan", *sizes, *link]) == 0
+    assert "would hide its latency, at more delay; its bandwidth sets the pace" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert main(["plan", *sizes, *link, "--wire", "int8"]) == 0
+    assert "would hide it, at more delay" in " ".join(capsys.readouterr().out.split())
+    for wrong in (["--link-mbit", "0"], ["--link-mbit", "-1"]):
+        assert main(["plan", *sizes, *wrong]) == 2
+        assert f"--link-mbit {wrong[1]}: it must be more than 0" in capsys.readouterr().err
+    assert main(["plan", "--stages", "2", "--link-mbit", "80"]) == 2
+    assert "give --num-layers and --hidden-size" in capsys.readouterr().err

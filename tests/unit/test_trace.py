@@ -95,3 +95,14 @@ def test_progress_line():
     nothing = progress_line(2, float("nan"), None, {}, 0.1, 8, [float("nan")])
     assert "loss: not known yet" in nothing
     assert "nan" not in nothing
+
+
+def test_what_an_action_typically_takes_is_the_median_of_the_newest():
+    recorder = trace.Recorder(0, 0)
+    assert recorder.typical(Op.FORWARD) == 0.0
+    for number, ms in enumerate([900, *[10, 20, 30] * 30]):  # the first one is long past
+        recorder.add(Op.FORWARD, number, 0, ms * 1_000_000)
+    recorder.add(Op.BACKWARD, 0, 0, 5_000_000)
+    recorder.take_interval()
+    assert recorder.typical(Op.FORWARD) == pytest.approx(0.02)
+    assert recorder.typical(Op.BACKWARD) == pytest.approx(0.005)

@@ -11,11 +11,14 @@ from rich.table import Table
 
 from noflush.methods.price import gpt_stage, price
 from noflush.methods.table import METHODS
-from noflush.order.plan import Plan, best_extra_in_flight, communicator_line, human_bytes, make_plan
+from noflush.order.depth import choose_depth
+from noflush.order.link_traffic import LinkTraffic, link_traffic
+from noflush.order.plan import Plan, communicator_line, human_bytes, make_plan
 from noflush.order.policies import POLICIES
 from noflush.order.schedule import Schedule
 from noflush.order.tied_traffic import ENOUGH, TiedTraffic, tied_traffic
-from noflush.order.timing import Cost
+from noflush.order.timing import Cost, Link
+from noflush.order.wire_format import WIRES, Wire
 
 
 def add(commands: Any) -> None:
@@ -28,6 +31,14 @@ def add(commands: Any) -> None:
     p.add_argument("--forward-ms", type=float, default=1.0, help="forward of a micro-batch at a stage")
     p.add_argument("--backward-ms", type=float, help="its backward (default: twice the forward)")
     p.add_argument("--link-latency-ms", type=float, default=0.0, help="one way, between neighbours")
+    p.add_argument(
+        "--link-mbit", type=float, help="of a link each way, in Mbit/s; needs a GPT's sizes (default: no limit)"
+    )
+    p.add_argument(
+        "--wire",
+        default="model",
+        help=f"{', '.join(WIRES)}, or two of them: ACTIVATIONS,GRADIENTS (default: %(default)s)",
+    )
     memory = p.add_argument_group("memory (either the parameters of each stage, or a GPT's sizes)")
     memory.add_argument("--parameters", help="trainable parameters: one count a stage, separated by commas, or a total")
     memory.add_argument("--num-layers", type=int, help="transformer layers, a multiple of the stages")
@@ -54,26 +65,55 @@ def run(args: argparse.Namespace) -> int:
             "compute must take more than 0 ms and the link 0 or more"
         )
     cost = Cost(args.forward_ms / 1e3, backward / 1e3)
-    latency = args.link_latency_ms / 1e3
     data, tensor = args.data_parallel, args.tensor_parallel
     if data < 1 or tensor < 1:
         raise ValueError(f"--data-parallel {data}, --tensor-parallel {tensor}: give 1 or more, 1 for none")
-    plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, latency, data, tensor)
-    tied = _tied(args)
+    tied, traffic = _tied(args), _traffic(args)
+    link = _link(args, traffic)
+    links = [link] * (args.stages - 1)
+    plan = make_plan(schedule, _parameters(args), args.bytes_per_parameter, cost, links, data, tensor)
     if args.json:
         found = plan.to_json()
+        if traffic is not None:
+            found["link"] = {"down_bytes": traffic.down, "up_bytes": traffic.up}
         if tied is not None:
             found["tied"] = {"bytes": tied.tied, "activation_bytes": tied.gas * tied.activations, "share": tied.share,
                              "enough_gas": tied.enough_gas}  # fmt: skip
         print(json.dumps(found, indent=2))
         return 0
     console = Console()
-    _print(console, plan, latency, cost)
+    _print(console, plan, link, cost)
     if args.num_layers and args.hidden_size:
         _print_methods(console, args, plan)
+    if traffic is not None:
+        _print_traffic(console, args, traffic)
     if tied is not None:
         _print_tied(console, tied, args.stages)
     return 0
+
+
+def _traffic(args: argparse.Namespace) -> LinkTraffic | None:
+    """What a micro-batch sends over each link; None where a GPT's sizes are not given, or there is no link."""
+    names = args.wire.split(",")
+    try:
+        wire = Wire.read(dict(zip(("activations", "gradients"), names, strict=True)) if len(names) > 1 else args.wire)
+    except ValueError as error:
+        raise ValueError(f"--wire {args.wire}: {error}") from None
+    if args.hidden_size is None or args.stages == 1:
+        return None
+    return link_traffic(args.hidden_size, args.seq_length, args.micro_batch_size, args.bytes_per_parameter, wire)
+
+
+def _link(args: argparse.Namespace, traffic: LinkTraffic | None) -> Link:
+    latency = args.link_latency_ms / 1e3
+    if args.link_mbit is None or args.stages == 1:
+        return Link(latency)
+    if args.link_mbit <= 0 or traffic is None:
+        raise ValueError(
+            f"--link-mbit {args.link_mbit:g}: it must be more than 0, and what a link carries follows from a GPT's "
+            "sizes; give --num-layers and --hidden-size"
+        )
+    return Link(latency, *(8 * count / (1e6 * args.link_mbit) for count in (traffic.down, traffic.up)))
 
 
 def _tied(args: argparse.Namespace) -> TiedTraffic | None:
@@ -144,6 +184,15 @@ def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> No
             )
 
 
+def _print_traffic(console: Console, args: argparse.Namespace, traffic: LinkTraffic) -> None:
+    sizes = args.hidden_size, args.seq_length, args.micro_batch_size, args.bytes_per_parameter
+    others = [f"{name} {human_bytes(link_traffic(*sizes, Wire.read(name)).down)}" for name in WIRES]
+    console.print(
+        f"each link carries {human_bytes(traffic.down)} of activations a micro-batch down, and "
+        f"{human_bytes(traffic.up)} of gradients up; by form of --wire: {', '.join(others)}"
+    )
+
+
 def _print_tied(console: Console, tied: TiedTraffic, stages: int) -> None:
     small = f"K = {tied.enough_gas} makes it less than {float(ENOUGH):.0%}"
     console.print(
@@ -157,7 +206,7 @@ def _print_tied(console: Console, tied: TiedTraffic, stages: int) -> None:
     )
 
 
-def _print(console: Console, plan: Plan, latency: float, cost: Cost) -> None:
+def _print(console: Console, plan: Plan, link: Link, cost: Cost) -> None:
     schedule = plan.schedule
     table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, weights {schedule.weights}")
     columns = ["stage", "delay", "mean", "versions", "in flight", "loss lag"]
@@ -179,9 +228,12 @@ def _print(console: Console, plan: Plan, latency: float, cost: Cost) -> None:
         f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it: "
         f"{plan.no_flush / plan.flush:.2f} times the throughput"
     )
-    if latency and plan.no_flush < 0.99:
-        extra = best_extra_in_flight(schedule.stages, schedule.gas, cost, latency)
-        if extra > schedule.extra_in_flight:
-            console.print(
-                f"the link costs {1 - plan.no_flush:.1%}; --extra-in-flight {extra} would hide it, at more delay"
-            )
+    if schedule.stages == 1 or link == Link(0.0) or plan.no_flush >= 0.99:
+        return
+    choice = choose_depth(schedule, [cost] * schedule.stages, [link] * (schedule.stages - 1))
+    if choice.extra > schedule.extra_in_flight:
+        carried = choice.bound > schedule.gas * (cost.forward + cost.backward)
+        console.print(
+            f"the link costs {1 - plan.no_flush:.1%}; --extra-in-flight {choice.extra} would hide "
+            + ("its latency, at more delay; its bandwidth sets the pace" if carried else "it, at more delay")
+        )

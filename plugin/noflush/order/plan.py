@@ -12,7 +12,7 @@ from typing import Any
 
 from noflush.order.communicators import communicators
 from noflush.order.schedule import Schedule
-from noflush.order.timing import Cost, play
+from noflush.order.timing import Cost, Link, play
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def make_plan(
     parameters: Sequence[int] | None = None,
     bytes_per_parameter: int = 4,
     cost: Cost | None = None,
-    latency: float = 0.0,
+    links: float | Sequence[Link] = 0.0,
     data: int = 1,
     tensor: int = 1,
 ) -> Plan:
@@ -80,8 +80,8 @@ def make_plan(
         parameters: trainable parameters of each stage; None leaves memory out.
         bytes_per_parameter: of one stashed weight.
         cost: forward and backward of one micro-batch at every stage, seconds; 1 and 2 by default, so that
-            ``latency`` is then in units of a forward.
-        latency: one way, seconds.
+            ``links`` are then in units of a forward.
+        links: as `timing.play` takes them.
         data, tensor: replicas, and slices of every stage.
 
     Raises:
@@ -114,20 +114,9 @@ def make_plan(
     return Plan(
         schedule,
         tuple(rows),
-        no_flush=min(play(schedule, costs, latency).utilisation),
-        flush=min(play(flush, costs, latency).utilisation),
+        no_flush=min(play(schedule, costs, links).utilisation),
+        flush=min(play(flush, costs, links).utilisation),
     )
-
-
-def best_extra_in_flight(stages: int, gas: int, cost: Cost, latency: float, most: int = 64) -> int:
-    """The smallest extra depth whose predicted utilisation is within 0.5 % of the best up to ``most``."""
-    reached = []
-    for extra in range(most + 1):
-        costs = [cost] * stages
-        reached.append(min(play(Schedule(stages, gas, extra_in_flight=extra), costs, latency).utilisation))
-        if reached[-1] > 0.995:
-            break
-    return next(e for e, value in enumerate(reached) if value >= max(reached) - 0.005)
 
 
 def communicator_line(plan: Plan) -> str:

@@ -24,6 +24,18 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A link between neighbours: ``latency`` s one way, and s that one message keeps each direction busy.
+
+    The next message of a direction starts when the one before it has left: ``down`` are activations, ``up`` gradients.
+    """
+
+    latency: float
+    down: float = 0.0
+    up: float = 0.0
+
+
+@dataclass(frozen=True)
 class Timing:
     """A schedule's steady state: seconds a call, and each stage's share of that time spent computing."""
 
@@ -31,10 +43,11 @@ class Timing:
     utilisation: tuple[float, ...]
 
 
-def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Timing:
-    """Plays the schedule: a stage computes one thing at a time, a message arrives ``latency`` s after it was sent.
+def play(schedule: Schedule, costs: Sequence[Cost], links: float | Sequence[Link] = 0.0) -> Timing:
+    """Plays the schedule: a stage computes one thing at a time, and a message arrives when its `Link` has carried it.
 
-    ``costs`` has one entry a stage. The figures are taken over the last half of a run that is long compared to
+    ``costs`` has one entry a stage; ``links`` one a link, or is the latency of all, which nothing else limits. The
+    figures are taken over the last half of a run that is long compared to
     the time the pipeline takes to fill.
     """
     calls = 3 * (ceil_div(schedule.lag(0) + schedule.stages, schedule.gas) + 8)
@@ -46,6 +59,8 @@ def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Tim
     clock = [0.0] * schedule.stages
     at = [0] * schedule.stages
     sent: dict[tuple[Op, int, int], float] = {}
+    between = [Link(links)] * (schedule.stages - 1) if isinstance(links, (int, float)) else links
+    free: dict[tuple[Op, int], float] = {}  # when a stage's outgoing direction is free again
     # Ends of calls: the time at which each stage made its n-th forward of a batch's last micro-batch.
     ends: list[list[float]] = [[] for _ in stages]
     busy: list[list[float]] = [[] for _ in stages]
@@ -71,7 +86,10 @@ def play(schedule: Schedule, costs: Sequence[Cost], latency: float = 0.0) -> Tim
                         busy[s].append(spent[s])
                 else:
                     kind = Op.RECV_ACTIVATION if action.op is Op.SEND_ACTIVATION else Op.RECV_GRAD
-                    sent[kind, s, action.index] = clock[s] + latency
+                    link = between[s] if kind is Op.RECV_ACTIVATION else between[s - 1]
+                    takes = link.down if kind is Op.RECV_ACTIVATION else link.up
+                    free[kind, s] = max(clock[s], free.get((kind, s), 0.0)) + takes
+                    sent[kind, s, action.index] = free[kind, s] + link.latency
                 at[s] += 1
                 moved = True
     made = min(map(len, ends))

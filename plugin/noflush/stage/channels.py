@@ -58,6 +58,11 @@ class Outbox:
         self.sent = 0
 
     @property
+    def peer(self) -> Peer:
+        """The far end."""
+        return self._peer
+
+    @property
     def open_sends(self) -> int:
         """Messages sent and not yet retired."""
         return len(self._open)
@@ -117,6 +122,11 @@ class Inbox:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._posted: deque[tuple[int, list[Tensor], list[dist.Work]]] = deque()
         self.next_to_post = 0
+
+    @property
+    def peer(self) -> Peer:
+        """The far end."""
+        return self._peer
 
     @property
     def posted(self) -> int:

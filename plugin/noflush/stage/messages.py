@@ -54,6 +54,11 @@ class TensorSpec:
         """The spec of a stage's output tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of such a tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"{kind}{list(self.shape)}{'' if self.differentiable else ' without gradient'}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ from noflush.stage.stage import DEFAULTS, Stage, StageOptions
 from noflush.stage.tied import Tie
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights
+
+logger = logging.getLogger("noflush")
 
 
 class ModuleWork:
@@ -115,6 +118,13 @@ class ModuleWork:
     def heard(self, step: int, report: Tensor) -> None:
         """Nothing: `Stage.loss` has it."""
 
+    def reserve(self, buffers: int) -> None:
+        """Nothing: buffers are made as they are used."""
+
+    def say(self, line: str) -> None:
+        """To the logger ``noflush``."""
+        logger.info(line)
+
     def save_stopped(self, folder: str, tag: str) -> None:
         """Nothing: what is worth saving is whose loop it is to know."""
 
@@ -155,7 +165,9 @@ class PlainStage(Stage):
         tied: Mapping[int, nn.Parameter] | None = None,
     ) -> None:
         pipelines = pipelines or [list(range(dist.get_world_size()))]
-        ranks = Ranks(pipelines, dist.get_rank(), len(pipelines))
+        rank = dist.get_rank()
+        replica = next(number for number, members in enumerate(pipelines) if rank in members)
+        ranks = Ranks(pipelines, rank, len(pipelines), replica=replica)
         replicas = None
         if len(pipelines) > 1:
             with without_splits():

@@ -16,6 +16,7 @@ class Ranks:
             same on every rank.
         rank: this process.
         replicas: data-parallel replicas.
+        replica: this rank's.
         group: process group of this rank's pipeline; None: the world.
     """
 
@@ -23,6 +24,7 @@ class Ranks:
     rank: int
     replicas: int = 1
     group: Any = None
+    replica: int = 0
 
     @property
     def stages(self) -> int:

@@ -17,7 +17,7 @@ from noflush.order.posting import Posting
 from noflush.order.replay import gradients_on_the_way, in_flight, replay_order
 from noflush.stage.channels import Neighbours
 from noflush.stage.messages import Payload
-from noflush.stage.runner import StageRunner, as_inputs
+from noflush.stage.runner import StageRunner
 from noflush.stage.tied import TiedWeights
 
 Sent = tuple[int, list[Tensor], int | None]
@@ -70,7 +70,7 @@ def replay(
         sent: what `sent_and_not_taken` gave.
         forward: ``forward(number, buffer, received)`` runs the forward of micro-batch ``number`` of the run again.
     """
-    links, (incoming, _) = runner.neighbours, runner.specs
+    links = runner.neighbours
     following = runner.message(in_flight(runner.schedule, runner.stage, runner.calls).start)
     for inbox in (links.activations_in, links.gradients_in):
         if inbox is not None:
@@ -85,15 +85,13 @@ def replay(
             outputs = forward(runner.number(m), runner.buffer(m), received)
         elif op is Op.POST_ACTIVATION:
             assert links.activations_in is not None
-            assert incoming is not None
-            links.activations_in.post(incoming.tensors)
+            links.activations_in.post(runner.activation_specs())
         elif op is Op.RECV_ACTIVATION:
             assert links.activations_in is not None
-            assert incoming is not None
-            received = as_inputs(links.activations_in.take(runner.message(m)), incoming)
+            received = runner.received(links.activations_in.take(runner.message(m)))
         elif op is Op.SEND_ACTIVATION:
             assert links.activations_out is not None
-            links.activations_out.send(runner.message(m), outputs if isinstance(outputs, tuple) else (outputs,))
+            links.activations_out.send(runner.message(m), runner.coded(m, outputs))
         elif op is Op.POST_GRAD:
             runner.post_gradients(m)
         else:

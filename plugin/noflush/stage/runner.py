@@ -22,6 +22,7 @@ from torch import Tensor
 
 from noflush.order.actions import CONTROL, POSTS, Action, Op
 from noflush.order.control import opening_order
+from noflush.order.link_traffic import LinkTraffic
 from noflush.order.posting import Posting, call_order, drain_order
 from noflush.order.retirement import retired_by
 from noflush.order.schedule import Schedule
@@ -31,6 +32,7 @@ from noflush.stage.messages import Payload, PayloadSpec, TensorSpec
 from noflush.stage.payloads import check_outputs
 from noflush.stage.tied import TiedWeights
 from noflush.stage.versions import WeightRing
+from noflush.stage.wire import LinkForms
 from noflush.watch.trace import Recorder
 
 
@@ -66,6 +68,7 @@ class StageRunner:
         report: spec of the report tensor that travels up with the last gradient of every batch.
         posting: when receives are posted.
         tied: weights that other stages use too.
+        above, below: how the links to the stage before and to the next one carry activations and gradients.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class StageRunner:
         posting: Posting,
         intake: Intake,
         tied: TiedWeights,
+        above: LinkForms,
+        below: LinkForms,
     ) -> None:
         self.schedule = schedule
         self.stage = stage
@@ -95,6 +100,7 @@ class StageRunner:
         self._report_spec = report
         self._posting = posting
         self._tied = tied
+        self._above, self._below = above, below
         tied.carriage.follow(schedule, 0)
         self._outgoing: PayloadSpec | None = None
         self._incoming: PayloadSpec | None = None
@@ -140,6 +146,17 @@ class StageRunner:
     def next_message(self) -> int:
         """Number of the activation message with which the next call starts."""
         return self.message(self.calls * self.schedule.gas)
+
+    def traffic(self) -> tuple[LinkTraffic | None, LinkTraffic | None]:
+        """Bytes of a micro-batch on the links to the stage before and to the next one; None where there is none yet."""
+        return self._traffic(self._incoming, self._above), self._traffic(self._outgoing, self._below)
+
+    @staticmethod
+    def _traffic(spec: PayloadSpec | None, forms: LinkForms) -> LinkTraffic | None:
+        if spec is None:
+            return None
+        down = forms.activations.specs(spec.tensors)
+        return LinkTraffic(sum(t.nbytes for t in down), sum(t.nbytes for t in forms.gradients.specs(spec.gradients())))
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight; a new segment starts with the next call."""
@@ -211,9 +228,13 @@ class StageRunner:
         # Links count what they ever carried; a loaded checkpoint renumbers micro-batches, not messages.
         return self._first_message + m
 
+    def _place(self, m: int) -> tuple[int, int]:
+        """The batch of micro-batch ``m``, counted over the whole run, and which one of it that is."""
+        return divmod(self.number(m), self.schedule.gas)
+
     def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
         assert self._outgoing is not None
-        gradients = self._outgoing.gradients()
+        gradients = self._below.gradients.specs(self._outgoing.gradients())
         if self.ends_batch(m):
             return (*gradients, self._report_spec, *self._tied.specs_up())
         return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
@@ -234,7 +255,7 @@ class StageRunner:
         assert inbox is not None
         assert self._incoming is not None
         while inbox.next_to_post <= self.message(m):
-            inbox.post((*self._incoming.tensors, *self._tied.specs_down(inbox.next_to_post)))
+            inbox.post((*self.activation_specs(), *self._tied.specs_down(inbox.next_to_post)))
 
     def post_gradients(self, m: int) -> None:
         """Posts the receives of all gradients up to that of micro-batch ``m`` of the segment."""
@@ -249,10 +270,30 @@ class StageRunner:
         assert self._incoming is not None
         taken, count = inbox.take(self.message(m)), len(self._incoming.tensors)
         self._tied.take_down(self.message(m), taken[count:])
-        self._received = as_inputs(taken[:count], self._incoming)
+        self._received = self.received(taken[:count])
         if self.neighbours.gradients_out is not None:
             up_to = retired_by(Op.RECV_ACTIVATION, m, self.schedule.lag_in_call(self.stage - 1))
             self.neighbours.gradients_out.retire(self.message(up_to))
+
+    def activation_specs(self) -> tuple[TensorSpec, ...]:
+        """Of what an activation brings this stage, as it travels, but for tied weights."""
+        assert self._incoming is not None
+        return self._above.activations.specs(self._incoming.tensors)
+
+    def received(self, tensors: Sequence[Tensor]) -> Payload:
+        """What the stage before sent, as its outputs were, of an activation as it travelled."""
+        spec = self._incoming
+        assert spec is not None
+        decoded = self._above.activations.decode(tensors, spec.tensors)
+        for tensor, of in zip(decoded, spec.tensors, strict=True):
+            tensor.requires_grad_(of.differentiable)
+        return tuple(decoded) if spec.is_tuple else decoded[0]
+
+    def coded(self, m: int, outputs: Payload) -> Sequence[Tensor]:
+        """The outputs of micro-batch ``m`` of the segment as they travel."""
+        assert self._outgoing is not None
+        tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+        return self._below.activations.encode(tensors, self._outgoing.tensors, *self._place(m))
 
     def _forward(self, m: int) -> None:  # (2)
         self.ring.tag(self.number(m), self.first_version + self.schedule.version(self.stage, m))
@@ -288,8 +329,7 @@ class StageRunner:
         outbox, payload = self.neighbours.activations_out, self._to_send
         assert outbox is not None
         assert payload is not None
-        tensors = payload if isinstance(payload, tuple) else (payload,)
-        outbox.send(self.message(m), (*tensors, *self._tied.to_send_down(self.message(m))))
+        outbox.send(self.message(m), (*self.coded(m, payload), *self._tied.to_send_down(self.message(m))))
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
@@ -297,7 +337,7 @@ class StageRunner:
         assert inbox is not None
         assert self._outgoing is not None
         tensors, count = inbox.take(self.message(m)), len(self._outgoing.gradients())
-        self._gradients = tensors[:count]
+        self._gradients = list(self._below.gradients.decode(tensors[:count], self._outgoing.gradients()))
         if self.ends_batch(m):
             self._report = tensors[count]
             self._tied.take_up(tensors[count + 1 :])
@@ -322,7 +362,9 @@ class StageRunner:
     def _send_grad(self, m: int) -> None:  # (6)
         outbox = self.neighbours.gradients_out
         assert outbox is not None
-        gradients = self._work.input_gradients(self.buffer(m))
+        assert self._incoming is not None
+        found = self._work.input_gradients(self.buffer(m))
+        gradients = self._above.gradients.encode(found, self._incoming.gradients(), *self._place(m))
         if self.ends_batch(m):
             assert self._report is not None
             gradients = [*gradients, self._report, *self._tied.to_send_up()]
@@ -333,10 +375,3 @@ class StageRunner:
     def _update(self, update: int) -> None:  # (7)
         self._work.run_update()
         self._report = None
-
-
-def as_inputs(received: list[Tensor], spec: PayloadSpec) -> Payload:
-    """What the stage before sent, as its outputs were."""
-    for tensor, of in zip(received, spec.tensors, strict=True):
-        tensor.requires_grad_(of.differentiable)
-    return tuple(received) if spec.is_tuple else received[0]

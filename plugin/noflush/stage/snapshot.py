@@ -45,13 +45,25 @@ def why_not_resumed(snapshot: dict[str, Any], stage: Stage) -> str | None:
     """Why ``snapshot`` cannot be put back into ``stage``, so that the pipeline has to fill anew; None if it can."""
     if snapshot["format"] != FORMAT:
         return f"what was in flight has format {snapshot['format']}, and this noflush reads {FORMAT}"
-    here, there = asdict(stage.schedule), snapshot["schedule"]
+    here, there = _settings(stage), snapshot["settings"]
     changed = [f"{name} {there.get(name)} is {here[name]} now" for name in here if there.get(name) != here[name]]
     if snapshot["told"]["calls"] != stage.calls:
         changed.append(f"what was in flight is of call {snapshot['told']['calls']}, and the rest of call {stage.calls}")
     if snapshot["replicas"] != stage.ranks.replicas:
         changed.append(f"{snapshot['replicas']} replicas are {stage.ranks.replicas} now")
     return ", ".join(changed) or None
+
+
+def _settings(stage: Stage) -> dict[str, Any]:
+    """What must be the same where a snapshot is put back."""
+    wire = asdict(stage.options.wire)
+    return {**asdict(stage.schedule), **{f"wire of {direction}": form for direction, form in wire.items()}}
+
+
+def depth_of(snapshot: dict[str, Any]) -> int:
+    """`Schedule.extra_in_flight` under which ``snapshot`` was taken."""
+    extra: int = snapshot["settings"]["extra_in_flight"]
+    return extra
 
 
 def take(stage: Stage) -> dict[str, Any]:
@@ -68,7 +80,7 @@ def take(stage: Stage) -> dict[str, Any]:
     found: dict[str, Any] = to_host(
         {
             "format": FORMAT,
-            "schedule": asdict(schedule),
+            "settings": _settings(stage),
             "replicas": stage.ranks.replicas,
             "ring": stage.ring.snapshot(also, with_newest=stage.update.looks_ahead),
             "position": runner.position(),

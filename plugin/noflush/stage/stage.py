@@ -25,9 +25,15 @@ from noflush.failure import last_words
 from noflush.methods.flat import Outcome
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.order.actions import Op
 from noflush.order.deadlock import prove
+from noflush.order.depth import DepthChoice, choose_depth
+from noflush.order.policies import ceil_div
 from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
+from noflush.order.timing import Cost
+from noflush.order.wire_format import AS_IN_MODEL, Wire
+from noflush.stage import link_probe
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
 from noflush.stage.heard import Heard
@@ -47,10 +53,12 @@ from noflush.stage.tied import Tie, TiedWeights
 from noflush.stage.update import StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
+from noflush.stage.wire import LinkForms
 from noflush.watch.device_time import DeviceTimes
 from noflush.watch.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
+_MEASURED_MICRO_BATCHES = 16
 Forward = tuple[int, dict[str, Any]]
 
 
@@ -90,6 +98,12 @@ class Work(Protocol):
     def heard(self, step: int, report: Tensor) -> None:
         """The losses of call ``step`` (from 1) are known here: ``report`` [n and more]."""
 
+    def reserve(self, buffers: int) -> None:
+        """From now on so many micro-batches may be in flight here at once."""
+
+    def say(self, line: str) -> None:
+        """Tells the user ``line``; every rank is given it."""
+
     def save_stopped(self, folder: str, tag: str) -> None:
         """Saves a checkpoint of a run that is about to end."""
 
@@ -100,7 +114,8 @@ class StageOptions:
 
     ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
     ``late_norm``: whether updates are clipped by the newest norm of all stages that is known without waiting
-    (`clipping.known_batch`); ``posting``: when receives are posted (None: as the backend wants it).
+    (`clipping.known_batch`); ``posting``: when receives are posted (None: as the
+    backend wants it); ``auto_depth``: to measure the depth.
     """
 
     trace_dir: str | None = None
@@ -111,6 +126,8 @@ class StageOptions:
     one_norm: bool = False
     late_norm: bool = False
     posting: Posting | None = None
+    wire: Wire = AS_IN_MODEL
+    auto_depth: bool = False
 
 
 DEFAULTS = StageOptions()
@@ -135,10 +152,11 @@ class Stage:
         ValueError: an aligned schedule with a look-ahead.
 
     Attributes:
-        schedule, stage, ring, runner, recorder, guard, reports, norm, weights, update: its parts.
+        schedule, stage, options, ring, runner, recorder, guard, reports, norm, weights, update: its parts.
         calls: calls made, those of a loaded checkpoint included.
         figures: of this stage and all before it, as told with the newest call's header.
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
+        depth: what `measure_depth` last chose, and by which figures; None before.
         heard: of the run's batches.
         forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
             "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
@@ -161,7 +179,7 @@ class Stage:
         prove(schedule, self._posting, options.one_norm)
         self.schedule, self.ranks, self.device, self.stage = schedule, ranks, device, ranks.stage
         self.weights, self.update, self.work = weights, update, work
-        self._options, self._scaler = options, scaler
+        self.options, self._scaler = options, scaler
         self.calls = 0
         self.figures: tuple[StageFigures, ...] = ()
         self.stop_requested = False
@@ -187,6 +205,7 @@ class Stage:
             own = f"stage {self.stage} (rank {ranks.rank})"
             LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
         self.tied = TiedWeights(tied[0], self.stage, tied[1], ranks.pipelines, ranks.rank)
+        self._neighbours = neighbours
         self._intake = self._make_intake(neighbours)
         self.runner = StageRunner(
             schedule,
@@ -199,6 +218,8 @@ class Stage:
             self._posting,
             self._intake,
             self.tied,
+            LinkForms(options.wire, self.stage - 1, ranks.replica),
+            LinkForms(options.wire, self.stage, ranks.replica),
         )
         self.norm = PipelineNorm(counts=not options.one_norm or self.stage == 0)
         # Nobody is watched on gloo, whose waits notice by themselves.
@@ -217,6 +238,15 @@ class Stage:
             schedule, self.stage, layout, options.max_skipped_updates, options.stop_dir, self._scales_dynamically()
         )
         self._restart_scale()
+        self.depth: DepthChoice | None = None
+        self._measure_after: int | None = None
+        self._measure_soon()
+
+    def _measure_soon(self) -> None:
+        """Has the depth chosen once the pipeline has been full for some micro-batches."""
+        if self.options.auto_depth and self.schedule.stages > 1:
+            steady = ceil_div(_MEASURED_MICRO_BATCHES, self.schedule.gas)
+            self._measure_after = self.calls + self.schedule.calls_until_alike + steady
 
     def _make_intake(self, neighbours: Any) -> Intake:
         ranks, first, last = self.ranks, self.stage == 0, self.stage == self.schedule.stages - 1
@@ -224,7 +254,7 @@ class Stage:
         if ranks.replicas > 1:
             readers = [pipeline[0] for pipeline in ranks.pipelines]
             with without_splits():
-                patience = timedelta(seconds=self._options.peer_timeout_s)
+                patience = timedelta(seconds=self.options.peer_timeout_s)
                 group = dist.new_group(readers, timeout=patience, backend="gloo")
             replicas = group if first else None
         return Intake(
@@ -279,6 +309,8 @@ class Stage:
 
     def train_batch(self) -> None:
         """One call: `open_call` and `run_call`. Raises what they raise."""
+        if self.calls == self._measure_after:
+            self.measure_depth()
         begun = self.recorder.begin(None)
         with self.on_duty():
             self.open_call()
@@ -352,7 +384,7 @@ class Stage:
         for param, gradient in self.tied.owed():
             self.update.add_gradient(param, gradient)
         whole = self.norm.of_update(self.ring.newest)
-        if not self._options.late_norm or self.schedule.stages == 1:
+        if not self.options.late_norm or self.schedule.stages == 1:
             whole = 0.0
         outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale, whole)
         self.norm.note(outcome.norm)
@@ -433,6 +465,8 @@ class Stage:
         self.runner.restart(calls * self.schedule.gas)
         self._restart_scale()
         self.reports.clear()
+        if self._measure_after is not None:
+            self._measure_soon()
 
     def restart(self, calls: int, skipped: int) -> None:
         """Goes on from a checkpoint of ``calls`` calls that was loaded into a drained stage.
@@ -444,6 +478,7 @@ class Stage:
         self._intake.clear()
         self.guard.restart(skipped)
         self.heard.forget_losses()
+        self._measure_soon()
 
     # ---- checkpoints of a full pipeline (`snapshot`) ---------------------------------------------------------
 
@@ -516,16 +551,55 @@ class Stage:
 
         Raises ValueError for a K that the weight policy cannot have, before anything has changed.
         """
-        schedule = replace(self.schedule, gas=gas)
-        prove(schedule, self._posting, self._options.one_norm)
+        self._follow(replace(self.schedule, gas=gas))
+        self._intake.set_gas(gas)
+        self.renumber(self.calls)
+
+    def change_extra(self, extra: int) -> None:
+        """Another `Schedule.extra_in_flight`, on all ranks at the same call: drains, and fills anew.
+
+        Raises ValueError for one that the schedule cannot have, before anything has changed.
+        """
+        self._follow(replace(self.schedule, extra_in_flight=extra))
+        # Numbers stay, and so do the losses known; messages and the scale follow the new lags.
+        self.runner.restart(self.calls * self.schedule.gas)
+        self._restart_scale()
+
+    def measure_depth(self) -> None:
+        """Measures compute and links, chooses how many more micro-batches in flight hide them, and changes to it.
+
+        On all ranks at the same call; drains. Sets `depth`.
+        """
+        self._measure_after = None
+        self.drain()
+        typical = self.recorder.typical
+        cost = Cost(
+            typical(Op.FORWARD) + typical(Op.SEND_ACTIVATION),
+            typical(Op.BACKWARD) + typical(Op.SEND_GRAD),
+            typical(Op.UPDATE),
+        )
+        with self.on_duty():
+            above, below = self.runner.traffic()
+            mine = link_probe.measure(
+                self._neighbours, above, below, self.device, self.stage, cost, self._posting == "ahead"
+            )
+            costs, links = link_probe.gather(mine, self.schedule.stages)
+            # Receives are posted for as many messages as links were deep, and which bring tied weights is settled.
+            least = self.schedule.extra_in_flight if self.tied.ties else 0
+            self.depth = choose_depth(self.schedule, costs, links, least)
+        self.work.say(str(self.depth))
+        if self.depth.extra != self.schedule.extra_in_flight:
+            self.change_extra(self.depth.extra)
+
+    def _follow(self, schedule: Schedule) -> None:
+        prove(schedule, self._posting, self.options.one_norm)
         self.drain()
         self.schedule = self.runner.schedule = schedule
         self.ring.grow(schedule.versions_alive(self.stage))
         self.forwards = self._room_for_forwards()
-        self._intake.set_gas(gas)
+        self.work.reserve(schedule.in_flight(self.stage))
         self.guard.follow(schedule)
         self._tell_methods()
-        self.renumber(self.calls)
 
     def _tell_methods(self) -> None:
         rule = self.weights.rule

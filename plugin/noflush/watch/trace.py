@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from bisect import bisect_right
 from collections import deque
@@ -22,6 +23,7 @@ from noflush.order.actions import COMPUTE, Op
 
 _OPS = tuple(Op)
 _CODE = {op: code for code, op in enumerate(_OPS)}
+_TYPICAL_OF = 50
 _NAMES = {
     Op.FORWARD: "forward",
     Op.BACKWARD: "backward",
@@ -102,6 +104,7 @@ class Recorder:
         self._times = [0] * len(_OPS)
         self._spent_ns = 0
         self._taken_ns = (0, 0)
+        self._newest = [deque[int](maxlen=_TYPICAL_OF) for _ in _OPS]
         # Ranks of one node share the monotonic clock; across nodes the wall clock lines them up.
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
@@ -133,6 +136,7 @@ class Recorder:
         if self._device is None or op not in COMPUTE:
             self._busy_ns[code] += end_ns - start_ns
             self._times[code] += 1
+            self._newest[code].append(end_ns - start_ns)
 
     def add_call(self, start_ns: int, end_ns: int) -> None:
         """Records one whole `train_batch` call, against whose time the bubble is measured."""
@@ -148,8 +152,15 @@ class Recorder:
                     assert done is not None
                     self._busy_ns[_CODE[done]] += spent
                     self._times[_CODE[done]] += 1
+                    self._newest[_CODE[done]].append(spent)
                 self._spent_ns += ns
                 self._of_call.clear()
+
+    def typical(self, op: Op) -> float:
+        """Seconds of an action of this kind, the median of the newest; 0 before any. Compute by the device's clock."""
+        self._settle()
+        newest = self._newest[_CODE[op]]
+        return statistics.median(newest) / 1e9 if newest else 0.0
 
     def totals(self) -> tuple[int, int]:
         """Nanoseconds of compute, and nanoseconds in `train_batch`, since the run began."""
