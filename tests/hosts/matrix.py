@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,21 +114,32 @@ def versions_in(python: Path) -> dict[str, str]:
     return {name: version for name, version in json.loads(done.stdout).items() if version is not None}
 
 
-def run_part(python: Path, part: str, report: Path, limit: float, options: list[str]) -> dict[str, Any]:
-    """Counts, and names of failures, of one of `PARTS`. One that does not end in ``limit`` seconds failed."""
+def run_part(python: Path, words: Sequence[str], workers: int, report: Path, limit: float) -> dict[str, Any]:
+    """Counts, and names of failures, of the tests that ``words`` name. Not done in ``limit`` seconds is a failure."""
     report.unlink(missing_ok=True)
     marks = "not slow and not slurm and not e2e"
-    command = [python, "-m", "pytest", *PARTS[part], "-m", marks, "-n", "2", "--dist", "loadfile",
-               "-p", "no:cacheprovider", "--deselect", _ABOUT_THE_MATRIX, f"--junitxml={report}", *options]  # fmt: skip
+    command = [python, "-m", "pytest", *words, "-m", marks, "-n", str(workers), "--dist", "loadfile",
+               "-p", "no:cacheprovider", "--deselect", _ABOUT_THE_MATRIX, f"--junitxml={report}"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     try:
         with report.with_suffix(".log").open("w") as log:
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"{part}: not done in {limit:.0f} s"]}
+        return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"{report.stem}: not done in {limit:.0f} s"]}
     if not report.is_file():
-        return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"{part}: pytest could not start"]}
+        return {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"{report.stem}: pytest could not start"]}
     return counts(report)
+
+
+def after_second_try(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """``first``'s counts when what failed there was run again with ``second``'s."""
+    return first | {
+        "passed": first["passed"] + second["passed"],
+        "alone": first.get("alone", 0) + second["passed"],
+        "failed": second["failed"],
+        "skipped": first["skipped"] + second["skipped"],
+        "failures": second["failures"],
+    }
 
 
 def counts(report: Path) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def counts(report: Path) -> dict[str, Any]:
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         outcomes = {child.tag for child in case}
         if outcomes & {"failure", "error"}:
-            failures.append(f"{case.get('classname')}::{case.get('name')}")
+            failures.append(f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}")
         elif "skipped" in outcomes:
             skipped += 1
         else:
@@ -154,8 +166,11 @@ def commit() -> str:
     return said.stdout.strip() + ("+" if changed else "")
 
 
-def see(name: str, parts: list[str], again: bool, limit: float, options: list[str]) -> None:
-    """Runs what has not been seen of an environment since it was made. Raises SetupError."""
+def see(name: str, parts: list[str], again: bool, limit: float) -> None:
+    """Runs what has not been seen of an environment since it was made. Raises SetupError.
+
+    What failed is run a second time, by itself: where other work goes on, some tests miss their times. That is counted.
+    """
     python = make(name, ENVIRONMENTS[name])
     file = FOLDER / f"{name}.json"
     seen: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -163,11 +178,18 @@ def see(name: str, parts: list[str], again: bool, limit: float, options: list[st
     if seen.get("versions") != versions:
         seen = {"versions": versions, "parts": {}}
     for part in parts:
-        if part in seen["parts"] and not again:
+        report = FOLDER / f"{name}.{part}.xml"
+        found = None if again else seen["parts"].get(part)
+        if found is None or not found["passed"]:
+            print(f"== {name}: {part}", flush=True)
+            found = run_part(python, PARTS[part], 2, report, limit)
+        elif not found["failed"]:
             continue
-        print(f"== {name}: {part}", flush=True)
-        found = run_part(python, part, FOLDER / f"{name}.{part}.xml", limit, options)
-        seen["parts"][part] = found | {"date": datetime.date.today().isoformat(), "commit": commit()}
+        if found["passed"] and found["failed"]:
+            second = run_part(python, found["failures"], 0, report.with_stem(f"{name}.{part}.alone"), limit)
+            found = after_second_try(found, second)
+        commits = dict.fromkeys([*found.get("commits", []), commit()])
+        seen["parts"][part] = found | {"date": datetime.date.today().isoformat(), "commits": list(commits)}
         file.write_text(json.dumps(seen, indent=1) + "\n")
         print(f"   {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", flush=True)
 
@@ -182,8 +204,8 @@ def rows() -> list[tested.Row]:
             continue
         names = tuple(part for part in PARTS if part in seen["parts"])
         parts = [seen["parts"][part] for part in names]
-        sums = {key: sum(part[key] for part in parts) for key in ("passed", "failed", "skipped")}
-        commits = list(dict.fromkeys(part["commit"] for part in parts))
+        sums = {key: sum(part.get(key, 0) for part in parts) for key in ("passed", "alone", "failed", "skipped")}
+        commits = list(dict.fromkeys(commit for part in parts for commit in part["commits"]))
         failures = tuple(failure for part in parts for failure in part["failures"])
         date = max(part["date"] for part in parts)
         found.append(
@@ -200,11 +222,11 @@ def merged(old: list[tested.Row], new: list[tested.Row]) -> list[tested.Row]:
 
 def table(found: list[tested.Row]) -> str:
     """Markdown: a line an environment, and below it what failed in any of them."""
-    head = ["environment", *tested.NAMED, "tests", "passed", "failed", "skipped", "date", "commit"]
+    head = ["environment", *tested.NAMED, "tests", "passed", "alone", "failed", "skipped", "date", "commit"]
     lines = [head, ["---"] * len(head)]
     for row in found:
         versions = [row.versions.get(name, "none") for name in tested.NAMED]
-        counted = map(str, (row.passed, row.failed, row.skipped))
+        counted = map(str, (row.passed, row.alone, row.failed, row.skipped))
         lines.append([row.name, *versions, " ".join(row.parts), *counted, row.date, row.commit])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     failed = [f"- {row.name}: `{failure}`" for row in found for failure in row.failures]
@@ -227,13 +249,12 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="run what has been seen already, too")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that a part may take (default: 3600)")
     parser.add_argument("--write-only", action="store_true", help="run nothing; write what has been seen")
-    parser.add_argument("pytest", nargs="*", help="further words for pytest, behind --")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     lacking = []
     for name in () if args.write_only else args.only:
         try:
-            see(name, args.parts, args.again, args.limit, args.pytest)
+            see(name, args.parts, args.again, args.limit)
         except SetupError as error:
             lacking.append(name)
             print(f"{name} could not be had: {error}", flush=True)

@@ -13,9 +13,9 @@ from tests.hosts import matrix
 VERSIONS = {"Python": "3.12.1", "torch": "2.13.0", "megatron-core": "0.19.2"}
 PARTS = ("unit", "hosts")
 SEEN = [
-    Row("good", VERSIONS, PARTS, 3, 0, 1, "2026-01-02", "abc"),
-    Row("bad", VERSIONS | {"torch": "2.12.0"}, PARTS, 3, 1, 0, "2026-01-02", "abc", ("test_x::test_y",)),
-    Row("empty", VERSIONS | {"torch": "2.11.0"}, PARTS, 0, 0, 0, "2026-01-02", "abc"),
+    Row("good", VERSIONS, PARTS, 3, 0, 0, 1, "2026-01-02", "abc"),
+    Row("bad", VERSIONS | {"torch": "2.12.0"}, PARTS, 3, 0, 1, 0, "2026-01-02", "abc", ("test_x::test_y",)),
+    Row("empty", VERSIONS | {"torch": "2.11.0"}, PARTS, 0, 0, 0, 0, "2026-01-02", "abc"),
 ]
 TAKES = {"Python": SpecifierSet(">=3.10"), "torch": SpecifierSet(">=2.6"), "megatron-core": SpecifierSet("<=0.19.2")}
 
@@ -49,7 +49,7 @@ def test_the_words_name_what_is_taken_and_what_was_tested():
 
 
 def test_versions_tested_apart_were_not_tested_together():
-    other = Row("other", VERSIONS | {"Python": "3.13.0", "torch": "2.15.0"}, PARTS, 3, 0, 0, "2026-01-02", "abc")
+    other = Row("other", VERSIONS | {"Python": "3.13.0", "torch": "2.15.0"}, PARTS, 3, 0, 0, 0, "2026-01-02", "abc")
     assert together(VERSIONS | {"triton": None, "numpy": "2.0"}, [*SEEN, other]) == SEEN[0]
     assert together(VERSIONS | {"torch": "2.15.0"}, [*SEEN, other]) is None
     assert together(VERSIONS | {"triton": "3.7.1"}, SEEN) is None
@@ -82,21 +82,32 @@ def test_a_report_is_counted(tmp_path):
     report = tmp_path / "junit.xml"
     report.write_text(
         '<testsuites><testsuite><testcase classname="a" name="one"/><testcase classname="a" name="two"><failure/>'
-        '</testcase><testcase classname="a" name="three"><skipped/></testcase><testcase classname="b" name="four">'
+        '</testcase><testcase classname="a" name="three"><skipped/></testcase><testcase classname="b.c" name="four">'
         "<error/></testcase></testsuite></testsuites>"
     )
-    assert matrix.counts(report) == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["a::two", "b::four"]}
+    assert matrix.counts(report) == {"passed": 1, "failed": 2, "skipped": 1, "failures": ["a.py::two", "b/c.py::four"]}
+
+
+def test_what_passes_alone_is_counted_as_that():
+    first = {"passed": 5, "failed": 2, "skipped": 1, "failures": ["a.py::two", "b.py::four"]}
+    second = {"passed": 1, "failed": 1, "skipped": 0, "failures": ["b.py::four"]}
+    sums = {"passed": 6, "alone": 1, "failed": 1, "skipped": 1, "failures": ["b.py::four"]}
+    assert matrix.after_second_try(first, second) == sums
+    third = {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
+    last = {"passed": 7, "alone": 2, "failed": 0, "skipped": 1, "failures": []}
+    assert matrix.after_second_try(sums, third) == last
 
 
 def test_the_table_names_what_failed():
     text = matrix.table(SEEN)
     assert (
-        "| good | 3.12.1 | 2.13.0 | none | 0.19.2 | none | none | unit hosts | 3 | 0 | 1 | 2026-01-02 | abc |" in text
+        "| good | 3.12.1 | 2.13.0 | none | 0.19.2 | none | none | unit hosts | 3 | 0 | 0 | 1 | 2026-01-02 | abc |"
+        in text
     )
     assert "- bad: `test_x::test_y`" in text
 
 
 def test_an_environment_seen_elsewhere_keeps_its_row():
-    first, second = (Row(name, VERSIONS, PARTS, 1, 0, 0, "2026-01-02", "abc") for name in ("oldest", "newest"))
-    newer = Row("newest", VERSIONS, PARTS, 2, 0, 0, "2026-01-03", "def")
+    first, second = (Row(name, VERSIONS, PARTS, 1, 0, 0, 0, "2026-01-02", "abc") for name in ("oldest", "newest"))
+    newer = Row("newest", VERSIONS, PARTS, 2, 0, 0, 0, "2026-01-03", "def")
     assert matrix.merged([second, first], [newer]) == [first, newer]

@@ -31,7 +31,8 @@ class Row:
         name: of the environment.
         versions: by the names of `NAMED`.
         parts: of the tests that were run.
-        passed, failed, skipped: tests; ``failures`` names those that failed.
+        passed, failed, skipped: tests; ``alone`` of those that passed did so when they were run again by themselves,
+            and ``failures`` names those that failed there too.
         date: of the run, ISO 8601; ``commit`` is the commit that was tested.
     """
 
@@ -39,6 +40,7 @@ class Row:
     versions: Mapping[str, str]
     parts: tuple[str, ...]
     passed: int
+    alone: int
     failed: int
     skipped: int
     date: str
