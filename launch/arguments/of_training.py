@@ -62,8 +62,8 @@ def _read_schedule(of: Values, unit: int) -> tuple[tuple[int, int], ...]:
     if text is None:
         return ()
     option = f"--step-batch-size-schedule {text!r}"
-    if others := [f"--{n.replace('_', '-')}" for n in ("global_batch_size", "rampup_batch_size") if n in of.named]:
-        of.faults.append(f"{option}, {' and '.join(others)}: give one")
+    if ramp := of.named.get("rampup_batch_size"):
+        of.faults.append(f"{option}, {ramp}: give one")
     sequence = of.seq_length
     if not isinstance(sequence, int) or sequence < 1:
         return ()  # a fault of its own
@@ -75,7 +75,12 @@ def _read_schedule(of: Values, unit: int) -> tuple[tuple[int, int], ...]:
     wrong = [str(size) for _, size in schedule if size < 1 or size % unit]
     if wrong:
         of.faults.append(f"{option}: {', '.join(wrong)}: use multiples of {unit} (micro-batch size x replicas)")
-    return () if wrong or others else schedule
+    if of.global_batch_size not in (None, schedule[-1][1]):
+        of.faults.append(
+            f"{option} leads to {schedule[-1][1]}, --global-batch-size {of.global_batch_size} says otherwise: leave that "
+            "out"
+        )
+    return () if wrong or ramp else schedule
 
 
 def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple[Steps, Optimizer]:

@@ -119,7 +119,7 @@ def test_thresholds_are_what_they_are_in_megatrons_own_script():
         (("",), "the first threshold must be 0"),
         (("0:4 32:8 33:12",), "two thresholds are in the same sample of 8 tokens"),
         (("0:4 32:3 64:0",), "3, 0: use multiples of 2"),
-        (("0:4", "--global-batch-size", "8"), "--global-batch-size: give one"),
+        (("0:4", "--global-batch-size", "8"), "leads to 4, --global-batch-size 8 says otherwise"),
         (("0:4", "--rampup-batch-size", "2", "2", "8"), "--rampup-batch-size: give one"),
     ],
 )
