@@ -75,11 +75,9 @@ def _read_schedule(of: Values, unit: int) -> tuple[tuple[int, int], ...]:
     wrong = [str(size) for _, size in schedule if size < 1 or size % unit]
     if wrong:
         of.faults.append(f"{option}: {', '.join(wrong)}: use multiples of {unit} (micro-batch size x replicas)")
-    if of.global_batch_size not in (None, schedule[-1][1]):
-        of.faults.append(
-            f"{option} leads to {schedule[-1][1]}, --global-batch-size {of.global_batch_size} says otherwise: leave that "
-            "out"
-        )
+    size, given = schedule[-1][1], of.global_batch_size
+    if given not in (None, size):
+        of.faults.append(f"{option} leads to {size}, --global-batch-size {given} says otherwise: leave that out")
     return () if wrong or ramp else schedule
 
 
