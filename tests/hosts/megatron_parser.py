@@ -155,13 +155,10 @@ def _of_dataclass(cls: ast.ClassDef, home: _Module, excluded: set[str]) -> Itera
         if name in excluded or (made and _plain(made.get("init", ast.Constant(True))) is False):
             continue
         default = value if made is None else made.get("default")
-        words = {"dest": name, **_inferred(annotation, where)}
-        if words.pop("type") == "bool" and "nargs" not in words:
+        words = {"dest": name, **_inferred(annotation, where), "default": _default(default, made)}
+        if words["type"] == "bool" and "nargs" not in words:
             off = isinstance(default, ast.Constant) and default.value == False  # noqa: E712, as the factory compares
             words["action"] = "store_true" if off else "store_false"
-        else:
-            words["type"] = _inferred(annotation, where)["type"]
-        words["default"] = _default(default, made)
         bare = name.replace("_", "-")
         names = (f"--no-{bare}", f"--disable-{bare}") if words.get("action") == "store_false" else (f"--{bare}",)
         meta = _keywords_of_dict((made or {}).get("metadata"), "argparse_meta")
