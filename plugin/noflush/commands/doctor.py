@@ -69,7 +69,7 @@ def _say_versions(console: Console, versions: dict[str, str | None]) -> bool:
     console.print(
         "these together: not tested"
         if row is None
-        else f"these together: {row.passed} tests passed on {row.date}, at commit {row.commit}"
+        else f"these together: {row.passed} tests ({', '.join(row.parts)}) passed on {row.date}, at commit {row.commit}"
     )
     return taken
 
