@@ -29,16 +29,17 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "hosts"
 DOCUMENT = ROOT / "docs" / "support.md"
 START, END = "<!-- make test-hosts writes from here -->", "<!-- to here -->"
+_FAST = "not slow and not slurm and not e2e"
+_ENGINE = ("exact", "mixed_exact", "plain", "checkpoints", "tied")
 PARTS = {
-    "unit": ("tests/unit",),
-    "hosts": ("tests/hosts",),
-    "launch": ("tests/launch",),
-    "engine": tuple(
-        f"tests/multiproc/test_{name}.py" for name in ("exact", "mixed_exact", "plain", "checkpoints", "tied")
-    ),
-    "kernels": ("tests/kernels",),
+    "unit": ("tests/unit", "-m", _FAST),
+    "hosts": ("tests/hosts", "-m", _FAST),
+    "launch": ("tests/launch", "-m", f"{_FAST} and not multiproc"),
+    "training": ("tests/launch", "-m", f"{_FAST} and multiproc"),
+    "engine": (*(f"tests/multiproc/test_{name}.py" for name in _ENGINE), "-m", _FAST),
+    "kernels": ("tests/kernels", "-m", _FAST),
 }
-"""Of the tests, those that depend on versions; of the engine's, those whose answers an oracle knows bit for bit."""
+"""What pytest is given. Of all tests, those that depend on versions; of the engine's, those that an oracle answers."""
 NEEDED = {"unit", "hosts"}
 """Without which an environment is no row; which others were run stands in the row."""
 
@@ -117,8 +118,7 @@ def versions_in(python: Path) -> dict[str, str]:
 def run_part(python: Path, words: Sequence[str], workers: int, report: Path, limit: float) -> dict[str, Any]:
     """Counts, and names of failures, of the tests that ``words`` name. Not done in ``limit`` seconds is a failure."""
     report.unlink(missing_ok=True)
-    marks = "not slow and not slurm and not e2e"
-    command = [python, "-m", "pytest", *words, "-m", marks, "-n", str(workers), "--dist", "loadfile",
+    command = [python, "-m", "pytest", *words, "-n", str(workers), "--dist", "loadfile",
                "-p", "no:cacheprovider", "--deselect", _ABOUT_THE_MATRIX, f"--junitxml={report}"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     try:

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.multiproc]
 
 
 def ended(code, says=None, **more):
-    """(exit status, seconds) of a process that runs ``code``; with ``says``, since it said so: imports may take long."""
+    """(exit status, seconds) of a process that runs ``code``; with ``says``, since it said so, imports done."""
     start = time.monotonic()
     out = subprocess.PIPE if says else None
     with subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, **more) as process:
