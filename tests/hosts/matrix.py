@@ -132,7 +132,12 @@ def run_part(python: Path, words: Sequence[str], workers: int, report: Path, lim
 
 
 def after_second_try(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """``first``'s counts when what failed there was run again with ``second``'s."""
+    """``first``'s counts when what failed there was run again with ``second``'s.
+
+    A second run of other names shows nothing (pytest could not start, or a test was renamed: then ``--again``).
+    """
+    if not {*second["failures"]} <= {*first["failures"]}:
+        return first
     return first | {
         "passed": first["passed"] + second["passed"],
         "alone": first.get("alone", 0) + second["passed"],

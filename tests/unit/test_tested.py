@@ -96,6 +96,8 @@ def test_what_passes_alone_is_counted_as_that():
     third = {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
     last = {"passed": 7, "alone": 2, "failed": 0, "skipped": 1, "failures": []}
     assert matrix.after_second_try(sums, third) == last
+    nothing = {"passed": 0, "failed": 1, "skipped": 0, "failures": ["unit: pytest could not start"]}
+    assert matrix.after_second_try(sums, nothing) == sums
 
 
 def test_the_table_names_what_failed():
