@@ -234,7 +234,7 @@ def table(found: list[tested.Row]) -> str:
         counted = map(str, (row.passed, row.alone, row.failed, row.skipped))
         lines.append([row.name, *versions, " ".join(row.parts), *counted, row.date, row.commit])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    failed = [f"- {row.name}: `{failure}`" for row in found for failure in row.failures]
+    failed = [f"- {row.name}: {failure}" for row in found for failure in row.failures]
     return text + ("\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else "")
 
 

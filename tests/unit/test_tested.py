@@ -106,7 +106,7 @@ def test_the_table_names_what_failed():
         "| good | 3.12.1 | 2.13.0 | none | 0.19.2 | none | none | unit hosts | 3 | 0 | 0 | 1 | 2026-01-02 | abc |"
         in text
     )
-    assert "- bad: `test_x::test_y`" in text
+    assert "- bad: test_x::test_y" in text
 
 
 def test_an_environment_seen_elsewhere_keeps_its_row():
