@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lint demo test test-all test-slurm faults check bench bench-gpu soak paper format clean
+.PHONY: setup lint demo test test-all test-slurm test-hosts faults check bench bench-gpu soak paper format clean
 
 setup: $(READY)
 
@@ -37,6 +37,10 @@ test-all: setup
 test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm
+
+# Other Pythons, torches and hosts, in build/hosts/ (5 GB each); half an hour or more apiece, and it can be stopped.
+test-hosts: setup
+	$(BIN)/python -m tests.hosts.matrix $(if $(ONLY),--only $(ONLY))
 
 # Kills, stops and corrupts some seventy small runs, and goes on from what they leave; ten minutes on two cores.
 faults: setup

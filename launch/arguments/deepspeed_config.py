@@ -74,7 +74,7 @@ def complete(
 ) -> dict[str, Any]:
     """``config`` with what the arguments say; adds faults where they differ."""
     ds = copy.deepcopy(dict(config))
-    size = batch.rampup[0] if batch.rampup else batch.global_size
+    size = batch.schedule[0][1] if batch.schedule else batch.rampup[0] if batch.rampup else batch.global_size
     unit = batch.micro * max(1, ranks.data)
     # A script keeps its config while the number of ranks changes, so the ramp-up's size and K are ours to set.
     _agree(of, ds, "train_micro_batch_size_per_gpu", batch.micro, "--micro-batch-size", "micro_batch_size")

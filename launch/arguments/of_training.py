@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from noflush.launch.arguments.progress import Course, Position
-from noflush.launch.arguments.rampup import batch_size_at
+from noflush.launch.arguments.rampup import batch_size_at, read_schedule
 from noflush.launch.arguments.settings import Batch, Model, Optimizer, Ranks, Steps
 from noflush.launch.arguments.values import Values
 from noflush.launch.signals import exit_signals
@@ -18,6 +18,9 @@ def read_batch(of: Values, config: Mapping[str, Any], ranks: Ranks) -> Batch:
         of.values["micro_batch_size"] = in_config
     micro = of.needed("micro_batch_size")
     unit = micro * max(1, ranks.data)
+    schedule = _read_schedule(of, unit)
+    if schedule:
+        of.values["global_batch_size"] = schedule[-1][1]
     if of.global_batch_size is None:
         gas = config.get("gradient_accumulation_steps")
         there = config.get("train_batch_size")
@@ -26,7 +29,7 @@ def read_batch(of: Values, config: Mapping[str, Any], ranks: Ranks) -> Batch:
         )
     size = of.needed("global_batch_size")
     known = of.known("micro_batch_size", "global_batch_size")
-    if size % unit and known:
+    if size % unit and known and not schedule:
         of.faults.append(
             f"--global-batch-size {size} is no multiple of --micro-batch-size {micro} x {ranks.data} data-parallel "
             f"replicas = {unit}: use {max(unit, size // unit * unit)} or {(size // unit + 1) * unit}"
@@ -50,7 +53,32 @@ def read_batch(of: Values, config: Mapping[str, Any], ranks: Ranks) -> Batch:
                     "more"
                 )
                 rampup = None
-    return Batch(micro, size, rampup)
+    return Batch(micro, size, rampup, schedule)
+
+
+def _read_schedule(of: Values, unit: int) -> tuple[tuple[int, int], ...]:
+    """``--step-batch-size-schedule``; sizes that ``unit`` samples do not make up are a fault."""
+    text = of.step_batch_size_schedule
+    if text is None:
+        return ()
+    option = f"--step-batch-size-schedule {text!r}"
+    if ramp := of.named.get("rampup_batch_size"):
+        of.faults.append(f"{option}, {ramp}: give one")
+    sequence = of.seq_length
+    if not isinstance(sequence, int) or sequence < 1:
+        return ()  # a fault of its own
+    try:
+        schedule = read_schedule(text, sequence)
+    except ValueError as error:
+        of.faults.append(f"{option}: {error}")
+        return ()
+    wrong = [str(size) for _, size in schedule if size < 1 or size % unit]
+    if wrong:
+        of.faults.append(f"{option}: {', '.join(wrong)}: use multiples of {unit} (micro-batch size x replicas)")
+    size, given = schedule[-1][1], of.global_batch_size
+    if given not in (None, size):
+        of.faults.append(f"{option} leads to {size}, --global-batch-size {given} says otherwise: leave that out")
+    return () if wrong or ramp else schedule
 
 
 def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple[Steps, Optimizer]:

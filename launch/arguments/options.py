@@ -35,6 +35,7 @@ class Option:
             parser's any more, but in example scripts that were not kept up.
         type, nargs, default, choices: of a ``value``, as argparse has them.
         parsers: whose it is: ``lm``, ``deepspeed``, ``noflush``.
+        releases: of Megatron-LM's supported ones, those whose parser has it; none named: all of them.
         meaning: ``used``; ``anyway``: so whether it is said or not, launchers and scripts give it and nothing has to
             read it; ``ignored``: no meaning here, or none for the result, and named once in a warning; ``refused``: it
             would change the result.
@@ -52,6 +53,7 @@ class Option:
     kind: Literal["value", "true", "false", "boolean", "gone"]
     parsers: tuple[str, ...]
     meaning: Literal["used", "anyway", "ignored", "refused"]
+    releases: tuple[str, ...] = ()
     type: Literal["int", "float", "str", "bool"] = "str"
     nargs: Any = None
     default: Any = None
@@ -76,25 +78,26 @@ class Option:
         return value == self.absent or (self.one_is_none and value in (1, [1]))
 
 
-_TUPLES = ("options", "parsers", "choices", "values")
+_TUPLES = ("options", "parsers", "releases", "choices", "values")
 
 
 @cache
-def _rows() -> tuple[Option, ...]:
-    rows: list[dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text())
-    return tuple(Option(**{**row, **{key: tuple(row[key]) for key in _TUPLES if key in row}}) for row in rows)
+def rows() -> tuple[Option, ...]:
+    """All rows of the table, those of options that are gone among them."""
+    read: list[dict[str, Any]] = json.loads(Path(__file__).with_name("options.json").read_text())
+    return tuple(Option(**{**row, **{key: tuple(row[key]) for key in _TUPLES if key in row}}) for row in read)
 
 
 @cache
 def options() -> tuple[Option, ...]:
     """All options that can be given: both of Megatron's parsers', then noflush's own."""
-    return tuple(option for option in _rows() if option.kind != "gone")
+    return tuple(option for option in rows() if option.kind != "gone")
 
 
 @cache
 def gone() -> dict[str, str]:
     """What took the place of options that no parser has any more."""
-    return {string: option.why for option in _rows() if option.kind == "gone" for string in option.options}
+    return {string: option.why for option in rows() if option.kind == "gone" for string in option.options}
 
 
 @cache

@@ -92,11 +92,14 @@ class Batch:
 
     Attributes:
         rampup: (start, increment, samples over which it grows), or None.
+        schedule: (consumed samples, global batch size from there on), the first from 0, the last ``global_size``;
+            empty where nothing says so.
     """
 
     micro: int
     global_size: int
     rampup: tuple[int, int, int] | None
+    schedule: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ left: chunks are submitted by the one who reads the results, so nobody waits for
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import multiprocessing
 import os
@@ -139,7 +140,7 @@ class _Pool:
         while True:
             try:
                 return future.result(_LOOK_EVERY)
-            except TimeoutError:
+            except concurrent.futures.TimeoutError:  # in Python 3.10 no kin of the builtin
                 # The executor notices by itself, unless the worker was killed with half a result sent.
                 if any(process.exitcode is not None for process in self._processes):
                     raise BrokenProcessPool from None

@@ -2,9 +2,9 @@
 
 A layer's fused weights are several, one below the other in the rows of this rank's slice:
 
-- ``linear_qkv``: for each group of query heads its queries, its key, its value, as megatron-core 0.16.1's attention
-  splits them (transformer/attention.py, `get_query_key_value_tensors`): (heads / groups) d + d + d rows, with d
-  ``kv_channels``. Its own Muon cuts there too (optimizer/muon.py), unless told ``--muon-no-split-qkv``.
+- ``linear_qkv``: for each group of query heads its queries, its key, its value, as megatron-core's attention splits
+  them (transformer/attention.py, `get_query_key_value_tensors`, in 0.16.1 as in 0.19.2): (heads / groups) d + d + d
+  rows, with d ``kv_channels``. Its own Muon cuts there too, unless told ``--muon-no-split-qkv``.
 - ``linear_fc1`` of a gated MLP: gate over up (transformer/mlp.py, `torch.chunk` by two). Its own Muon does not cut.
 
 A tensor-parallel rank has whole groups, and its part of gate over its part of up.

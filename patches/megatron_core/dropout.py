@@ -7,13 +7,19 @@ given DeepSpeed's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import sys
 from typing import Any
 
+from noflush.patches.megatron_core import releases
+
 logger = logging.getLogger("noflush")
-TESTED = ("0.16.1",)
+_INSTALL = (
+    f"Tested are {' and '.join(releases.TESTED)}, of which pip takes what this Python can have: "
+    f"pip install 'megatron-core>={releases.TESTED[0]},<={releases.TESTED[-1]}'"
+)
 _NAME = "get_cuda_rng_tracker"
 # Where megatron-core looks the function up when it is called; other modules go through these.
 _MODULES = (
@@ -30,13 +36,15 @@ class MegatronCoreChangedError(RuntimeError):
 def patch() -> None:
     """Gives megatron-core DeepSpeed's tracker. Idempotent.
 
-    Raises MegatronCoreChangedError naming what is missing.
+    Raises MegatronCoreChangedError naming what is missing, or the release that is not taken.
     """
     if is_patched():
         return
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
     modules = [_module(name) for name in _MODULES]
+    if (fault := _fault_of_release()) is not None:
+        raise MegatronCoreChangedError(f"noflush cannot use megatron-core, {fault}. {_INSTALL}")
     for module in modules:
 
         def tracker() -> Any:
@@ -49,7 +57,9 @@ def patch() -> None:
 
 def missing_seams() -> list[str]:
     """What noflush replaces and this megatron-core lacks, a line each; empty when all is well."""
-    missing = []
+    missing: list[str] = []
+    with contextlib.suppress(ImportError):
+        missing += filter(None, [_fault_of_release()])
     for name in _MODULES:
         try:
             _module(name)
@@ -72,16 +82,17 @@ def is_patched() -> bool:
     return hasattr(getattr(sys.modules.get(_MODULES[0]), _NAME, None), "__wrapped__")
 
 
+def _fault_of_release() -> str | None:
+    return releases.fault(importlib.import_module("megatron.core").__version__)
+
+
 def _module(name: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
         raise MegatronCoreChangedError(
-            f"megatron-core is needed and {name} cannot be imported ({error}): pip install megatron-core=={TESTED[-1]}"
+            f"megatron-core is needed and {name} cannot be imported ({error}). {_INSTALL}"
         ) from None
     if not hasattr(module, _NAME):
-        raise MegatronCoreChangedError(
-            f"{name}.{_NAME} is gone: noflush was tested with megatron-core {', '.join(TESTED)}; pip install "
-            f"megatron-core=={TESTED[-1]}"
-        )
+        raise MegatronCoreChangedError(f"{name}.{_NAME} is gone from megatron-core. {_INSTALL}")
     return module

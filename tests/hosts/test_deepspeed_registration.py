@@ -5,10 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
+from unittest import mock
 
 import pytest
+from packaging.specifiers import SpecifierSet
+
+from noflush.commands import tested
 
 pytestmark = pytest.mark.multiproc
 CLASS_SEEN = "deepspeed.PipelineEngine.__wrapped__.__name__"
@@ -103,8 +109,11 @@ def test_doctor(capsys, tmp_path):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "seams in DeepSpeed 0.19" in out
-    assert "seams in megatron-core (tested: 0.16.1): all found" in out
-    assert "triton: 3." in out
+    assert "seams in megatron-core: all found" in out
+    for name in tested.NAMED:
+        version = platform.python_version() if name == "Python" else metadata.version(name)
+        assert f"{name}: {version} ({tested.verdict(name, version, tested.rows(), tested.requirements())[1]})" in out
+    assert "these together: " in out
     assert "update kernel of a stage" in out
     assert out.count("all found") == 2
     assert "registered: yes" in out
@@ -119,6 +128,14 @@ def test_doctor(capsys, tmp_path):
     assert doctor(config, capsys, "--stages", "4")[0] == 0
     config.write_text(json.dumps(two_versions | {"gradient_accumulation_steps": 2}))
     assert doctor(config, capsys, "--stages", "4")[0] == 1
+
+
+def test_doctor_refuses_what_noflush_does_not_take(capsys):
+    from noflush.__main__ import main
+
+    with mock.patch("noflush.commands.doctor.requirements", return_value={"torch": SpecifierSet(">=99")}):
+        assert main(["doctor"]) == 1
+    assert "(refused: noflush takes >=99)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_reads_what_deepspeed_reads(capsys, tmp_path):

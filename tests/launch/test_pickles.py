@@ -63,7 +63,7 @@ def test_what_a_run_saves_is_read(tmp_path):
         (exec, ("open({witness!r}, 'w')",), "builtins.exec"),
         (eval, ("open({witness!r}, 'w')",), "builtins.eval"),
         (os.remove, ("{witness}",), "posix.remove"),
-        (open, ("{witness}", "w"), "io.open"),
+        (open, ("{witness}", "w"), f"{open.__module__}.open"),  # _io, from Python 3.13 on
         (getattr, (os, "name"), "builtins.getattr"),
         (torch.load, ("{witness}",), "torch.serialization.load"),
     ],

@@ -19,6 +19,10 @@ from tests.launch.walks import size_by_megatron
 @st.composite
 def batches(draw):
     increment, start, steps = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(0, 12))
+    if draw(st.integers(0, 2)) == 2:
+        thresholds = [0, *sorted(draw(st.sets(st.integers(1, 400), max_size=5)))]
+        schedule = tuple((at, draw(st.integers(1, 40))) for at in thresholds)
+        return Batch(1, schedule[-1][1], None, schedule)
     ramp = (start, increment, draw(st.integers(1, 400))) if draw(st.booleans()) else None
     return Batch(1, start + steps * increment if ramp else start, ramp)
 
@@ -41,7 +45,7 @@ def test_iterations_and_samples_as_a_walk_counts_them(batch, done, iterations, s
 
 @hypothesis_settings(max_examples=100, deadline=None)
 @given(batches(), st.integers(0, 900))
-def test_the_ramp_is_that_of_megatron_core(batch, consumed):
+def test_the_batch_is_that_of_megatron_core(batch, consumed):
     if batch.rampup is None or batch.rampup[0] < batch.global_size:  # theirs divides by no steps
         assert batch_size_at(batch, consumed) == size_by_megatron(batch, consumed)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from noflush.launch.arguments.parser import ArgumentsError
+from noflush.launch.arguments.rampup import read_schedule
 from noflush.launch.data.datasets import samples_needed
-from tests.launch.walks import MAX, MIN, RAMP, Walk, is_linear, understood
+from tests.launch.walks import MAX, MIN, RAMP, STEPS, Walk, is_linear, understood
 
 
 def test_with_a_ramp_the_decay_ends_at_the_last_of_the_iterations():
@@ -83,3 +84,47 @@ def test_the_data_are_as_many_samples_as_the_iterations_take():
 def test_a_run_of_less_than_the_first_batch_of_a_ramp_is_refused():
     with pytest.raises(ArgumentsError, match="3 samples are less than one global batch of 4"):
         understood(RAMP + "--train-samples 3")
+
+
+def test_a_schedule_in_tokens_changes_the_batch_at_its_samples():
+    run = understood("--train-iters 12 --lr-decay-style linear", STEPS)
+    assert run.batch.schedule == ((0, 4), (20, 12), (50, 16))
+    assert run.deepspeed["train_batch_size"] == 4
+    walk = Walk(run)
+    assert walk.consumed == [4, 8, 12, 16, 20, 32, 44, 56, 72, 88, 104, 120]
+    assert (run.steps.iterations, run.steps.samples) == (12, 120)
+    is_linear(walk.rates, walk.consumed, 0, 120)
+
+
+def test_a_schedule_may_make_the_batch_smaller_again():
+    run = understood("--train-samples 60", ("--step-batch-size-schedule", "0:8 128:4"))
+    assert Walk(run).consumed == [8, 16, *range(20, 64, 4)]
+    assert run.steps.iterations == 13
+
+
+def test_thresholds_are_what_they_are_in_megatrons_own_script():
+    text = "0:16 2.4B:320 4.8B:624 7.2B:928 9.6B:1232 12B:1536"
+    first = [int(tokens * 10**9) // 2048 for tokens in (0, 2.4, 4.8, 7.2, 9.6, 12)]
+    assert read_schedule(text, 2048) == tuple(zip(first, (16, 320, 624, 928, 1232, 1536), strict=True))
+    assert read_schedule("1k:2,0:1 3M:4", 10) == ((0, 1), (100, 2), (300_000, 4))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("0:4 160",), "160 is not THRESHOLD:SIZE"),
+        (("0:4 many:8",), "many:8 is not THRESHOLD:SIZE"),
+        (("0:4 inf:8",), "inf:8 is not THRESHOLD:SIZE"),
+        (("16:4",), "the first threshold must be 0"),
+        (("",), "the first threshold must be 0"),
+        (("0:4 32:8 33:12",), "two thresholds are in the same sample of 8 tokens"),
+        (("0:4 32:3 64:0",), "3, 0: use multiples of 2"),
+        (("0:4", "--global-batch-size", "8"), "leads to 4, --global-batch-size 8 says otherwise"),
+        (("0:4", "--rampup-batch-size", "2", "2", "8"), "--rampup-batch-size: give one"),
+    ],
+)
+def test_a_schedule_that_is_none_is_a_fault_that_says_why(words, said):
+    with pytest.raises(ArgumentsError) as error:
+        understood("--train-iters 3", ("--step-batch-size-schedule", *words))
+    about = [fault for fault in error.value.faults if fault.startswith(f"--step-batch-size-schedule {words[0]!r}")]
+    assert any(said in fault for fault in about), error.value.faults

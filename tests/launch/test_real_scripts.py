@@ -37,6 +37,7 @@ SMALL = {
     "--micro-batch-size": "1",
     "--global-batch-size": "4",
     "--rampup-batch-size": "2 2 4",
+    "--step-batch-size-schedule": "0:2,64:4",  # tokens
     "--tensor-model-parallel-size": "1",
     "--pipeline-model-parallel-size": "2",
     "--expert-model-parallel-size": "1",
@@ -75,6 +76,8 @@ RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform")
 CASES = {
     # Tied, as Megatron has it by default; the batch grows while it trains.
     "lm_gpt3_175b": Script(),
+    # The same of the newest release.
+    "lm_gpt3_175b_0.19": Script(),
     # One stage, two replicas.
     "lm_llama3_8b_fp8": Script(
         refused=(
@@ -157,7 +160,7 @@ def arguments(name: str, places: dict[str, Path], folder: Path, refused: bool = 
 def test_every_script_is_a_case_and_names_its_origin():
     assert {path.stem for path in SCRIPTS.glob("*.args")} == set(CASES)
     for path in SCRIPTS.glob("*.args"):
-        assert path.read_text().startswith(("# NVIDIA/Megatron-LM, core_v0.16.1", "# deepspeedai/Megatron-DeepSpeed,"))
+        assert path.read_text().startswith(("# NVIDIA/Megatron-LM, core_v0.1", "# deepspeedai/Megatron-DeepSpeed,"))
     assert [name for name, script in CASES.items() if script.schedule == FLUSH] == ["mds_gpt3_175b"]
 
 
@@ -172,7 +175,8 @@ def test_parses(name, places, tmp_path):
         assert meaning[option] in ("used", "anyway") or (option in named) == (meaning[option] == "ignored"), option
     assert settings.model.layers == 2
     assert settings.deepspeed["train_micro_batch_size_per_gpu"] == 1
-    iterations = 2 + 2 if settings.batch.rampup else 2 * settings.batch.global_size  # of a ramp, the first two
+    grows = settings.batch.rampup or settings.batch.schedule
+    iterations = 2 + 2 if grows else 2 * settings.batch.global_size  # of a ramp, the first two
     assert settings.steps.samples == (8 if settings.steps.by_samples else iterations)
 
 
@@ -219,6 +223,7 @@ def train(rank, argv):
 # Half of them always: both repositories, with and without the flush, tensor parallel.
 ALWAYS = {
     "lm_gpt3_175b",
+    "lm_gpt3_175b_0.19",
     "lm_llama3_8b_fp8",
     "mds_gpt_345m_mp",
     "mds_gpt3_175b",
@@ -238,7 +243,9 @@ def test_trains_two_iterations(name, places, tmp_path, monkeypatch):
     for reason, iteration, losses, _, engine in results:
         assert (reason, len(losses)) == (None, iteration)
         assert engine == "noflush.patches.deepspeed.engine"
-        assert iteration == (3 if settings.batch.rampup and settings.steps.by_samples else 2)
+        assert iteration == (
+            3 if (settings.batch.rampup or settings.batch.schedule) and settings.steps.by_samples else 2
+        )
     *_, (_, _, losses, _, _) = results
     assert losses == pytest.approx([math.log(settings.model.token_ids)] * len(losses), rel=0.03)
     if settings.checkpoints.save:

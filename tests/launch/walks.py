@@ -18,18 +18,36 @@ RUN = (
     f"--untie-embeddings-and-output-weights --lr {MAX} --min-lr {MIN} "
 )
 RAMP = "--global-batch-size 16 --rampup-batch-size 4 4 64 "
+STEPS = ("--step-batch-size-schedule", "0:4 160:12, 0.4K:16")  # tokens, 8 a sample
 
 
-def understood(arguments):
-    return understand((RUN + arguments).split(), 2)[0]
+def understood(arguments, more=()):
+    return understand([*(RUN + arguments).split(), *more], 2)[0]
 
 
 def size_by_megatron(batch, consumed):
-    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+    """By megatron-core's own calculators: ramps are those of releases before 0.19, schedules those of later ones.
 
-    if batch.rampup is None:
+    Where the installed one has none, by the rule of their documents, step by step.
+    """
+    from megatron.core import num_microbatches_calculator as calculators
+
+    if batch.schedule:
+        kind = "StepBatchsizeNumMicroBatchesCalculator"
+        by_hand = [size for at, size in batch.schedule if at <= consumed]
+        given = (1, 1, False, 1, " ".join(f"{at}:{size}" for at, size in batch.schedule))
+    elif batch.rampup:
+        start, increment, samples = batch.rampup
+        kind = "RampupBatchsizeNumMicroBatchesCalculator"
+        steps = (batch.global_size - start) // increment
+        by_hand = [start + n * increment for n in range(steps + 1) if not n or consumed / (samples / steps) >= n]
+        by_hand = [batch.global_size] if consumed > samples else by_hand
+        given = (batch.global_size, 1, 1, False, 1, *batch.rampup)
+    else:
         return batch.global_size
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(batch.global_size, 1, 1, False, 1, *batch.rampup)
+    if not hasattr(calculators, kind):
+        return by_hand[-1]
+    theirs = getattr(calculators, kind)(*given)
     theirs.update(consumed, consistency_check=False)
     return theirs.get_current_global_batch_size()
 

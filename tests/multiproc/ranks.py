@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
 import tempfile
 import time
 import traceback
+import zipfile
 from pathlib import Path
 
 from noflush.demo.port import held_port
@@ -49,13 +51,26 @@ def _main(function, rank, world, port, folder, environment, kwargs):
     try:
         deepspeed.init_distributed("gloo")
         result = function(rank, **kwargs)
-        out.write_bytes(pickle.dumps(("ok", result)))
+        # Not plain pickle: for a tensor it names a function, which megatron-core replaces by one of its own, and a test
+        # may have put another tree in that one's place.
+        held = io.BytesIO()
+        torch.save(("ok", result), held)
+        out.write_bytes(held.getvalue())
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException as error:
         if not out.exists():
             out.write_bytes(pickle.dumps(("error", type(error).__name__, str(error), traceback.format_exc())))
         os._exit(1)
+
+
+def _read(out):
+    import torch
+
+    held = out.read_bytes()
+    return (
+        torch.load(io.BytesIO(held), weights_only=False) if zipfile.is_zipfile(io.BytesIO(held)) else pickle.loads(held)
+    )
 
 
 def run_ranks(function, world, timeout=120, expect_errors=False, environment=(), stopped=(), **kwargs):
@@ -81,7 +96,7 @@ def run_ranks(function, world, timeout=120, expect_errors=False, environment=(),
         results = []
         for rank in range(world):
             out = Path(folder) / str(rank)
-            results.append(pickle.loads(out.read_bytes()) if out.exists() else ("missing",))
+            results.append(_read(out) if out.exists() else ("missing",))
         if late:
             raise RankError(f"ranks {late} of {world} did not end within {timeout} s; results: {results}")
         failed = [r for r in results if r[0] != "ok"]

@@ -12,11 +12,15 @@ import pytest
 pytestmark = [pytest.mark.multiproc]
 
 
-def ended(code, **more):
-    """(exit status, seconds) of a process that runs ``code``."""
+def ended(code, says=None, **more):
+    """(exit status, seconds) of a process that runs ``code``; with ``says``, since it said so, imports done."""
     start = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, **more) as process:
+    out = subprocess.PIPE if says else None
+    with subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, **more) as process:
         try:
+            if says:
+                assert process.stdout.readline().decode().strip() == says
+                start = time.monotonic()
             return process.wait(timeout=40), time.monotonic() - start  # its pipe is not read meanwhile
         finally:
             process.kill()
@@ -52,6 +56,7 @@ import atexit, time
 from noflush.failure.last_words import PeerError, attend
 atexit.register(time.sleep, 60)
 attend(1, 2, "rank {}".format)
+print("attended", flush=True)
 """
 
 
@@ -63,6 +68,6 @@ attend(1, 2, "rank {}".format)
     ],
 )
 def test_a_plain_script_ends_in_time_after_an_uncaught_error_and_after_one_about_a_peer(end):
-    status, seconds = ended(PLAIN + end)
+    status, seconds = ended(PLAIN + end, says="attended")
     assert status == 1
     assert 9 < seconds < 25

@@ -13,6 +13,7 @@ CORE = WINGS["noflush"]
 HOSTS = ("deepspeed", "megatron", "transformers", "mpi4py")
 PURE = [
     "order",
+    "commands.tested",
     "compare.agenda",
     "compare.contestants",
     "compare.curves",
@@ -31,6 +32,7 @@ PURE = [
     "patches.deepspeed.config_file",
     "patches.deepspeed.config_faults",
     "patches.deepspeed.optimizers",
+    "patches.megatron_core.releases",
     "launch.ranks",
     "launch.signals",
     "launch.arguments.parser",

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 import noflush
+from noflush.commands.tested import NAMED, requirements, rows, together, verdict
 from noflush.config import ConfigError
 from noflush.patches.deepspeed.config_file import gas_of, read_host_config
 from noflush.patches.deepspeed.faults import RunFacts, check_config, check_run
@@ -37,11 +38,10 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: it must be 1 or more")
     versions = {name: _version(name) for name in _PACKAGES}
-    console.print(f"noflush {noflush.__version__}, Python {platform.python_version()}")
-    for name, version in versions.items():
-        console.print(f"  {name}: {version or 'not installed'}")
+    console.print(f"noflush {noflush.__version__}")
+    taken = _say_versions(console, {"Python": platform.python_version(), **versions})
     if versions["torch"] and versions["deepspeed"]:
-        healthy = _check_host(console)
+        healthy = _check_host(console) and taken
     else:
         console.print("torch and deepspeed are needed to train: pip install 'noflush[deepspeed]'")
         healthy = False
@@ -52,6 +52,26 @@ def run(args: argparse.Namespace) -> int:
     if args.config:
         healthy = _check_config(console, args.config, args.stages, args.replicas) and healthy
     return 0 if healthy else 1
+
+
+def _say_versions(console: Console, versions: dict[str, str | None]) -> bool:
+    """Prints each version and what is known of it; False if one is refused."""
+    seen, takes = rows(), requirements()
+    taken = True
+    for name, version in versions.items():
+        said = "not installed"
+        if version is not None:
+            found, words = verdict(name, version, seen, takes)
+            taken = taken and found != "refused"
+            said = f"{version} ({words})" if name in NAMED or found == "refused" else version
+        console.print(f"  {name}: {said}")
+    row = together(versions, seen)
+    console.print(
+        "these together: not tested"
+        if row is None
+        else f"these together: {row.passed} tests ({', '.join(row.parts)}) passed on {row.date}, at commit {row.commit}"
+    )
+    return taken
 
 
 def _version(name: str) -> str | None:
@@ -73,10 +93,7 @@ def _check_host(console: Console) -> bool:
 
     console.print(f"  device: {_device()}")
     missing = seam.missing_seams()
-    console.print(
-        f"seams in DeepSpeed {host.__version__} (tested: {', '.join(seam.TESTED)}): "
-        + ("all found" if not missing else "missing")
-    )
+    console.print(f"seams in DeepSpeed {host.__version__}: " + ("all found" if not missing else "missing"))
     for name in missing:
         console.print(f"  - {name}")
     if missing:
@@ -97,9 +114,7 @@ def _check_megatron_core(console: Console) -> bool:
     from noflush.patches.megatron_core import dropout as seam
 
     missing = seam.missing_seams()
-    console.print(
-        f"seams in megatron-core (tested: {', '.join(seam.TESTED)}): " + ("all found" if not missing else "missing")
-    )
+    console.print("seams in megatron-core: " + ("all found" if not missing else "missing"))
     for name in missing:
         console.print(f"  - {name}")
     return not missing

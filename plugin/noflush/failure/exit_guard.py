@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -20,12 +21,19 @@ def end_within(seconds: float = LIMIT, status: int = 1) -> Callable[[], None]:
     off.
     """
     called_off = threading.Event()
+    by_thread = True
 
     def end() -> None:
         if not called_off.wait(seconds):
             os._exit(status)
 
-    threading.Thread(target=end, daemon=True, name="noflush: end of the process").start()
+    try:
+        threading.Thread(target=end, daemon=True, name="noflush: end of the process").start()
+    except RuntimeError:
+        by_thread = False
+        # Python 3.12 starts no thread once the interpreter ends. faulthandler's is none of Python's; its status is 1.
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # the last thing that this process opens
+        faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
     in_main = threading.current_thread() is threading.main_thread()
     if in_main:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -33,6 +41,8 @@ def end_within(seconds: float = LIMIT, status: int = 1) -> Callable[[], None]:
 
     def call_off() -> None:
         called_off.set()
+        if not by_thread:
+            faulthandler.cancel_dump_traceback_later()
         if in_main:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
