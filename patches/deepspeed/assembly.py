@@ -18,9 +18,10 @@ from noflush.patches.deepspeed.weights import weights_of
 from noflush.patches.deepspeed.work import EngineWork
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
-from noflush.stage.stage import Stage, StageOptions
+from noflush.stage.stage import Stage
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights, Weights
+from noflush.stage.work import StageOptions
 
 
 def make_stage(

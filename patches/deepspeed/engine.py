@@ -1,18 +1,16 @@
 """DeepSpeed's pipeline engine, running without a flush.
 
-This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports, evaluation
-and checkpoints. Forward and backward of a micro-batch are in `work`, all that needs no host in a `stage.Stage`.
+This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports, and evaluation.
+Checkpoints are in `checkpoints`, forward and backward of a micro-batch in `work`, all that needs no host in a
+`stage.Stage`.
 Attributes of its own are prefixed ``_nf_``, because DeepSpeed's class is large and free with names.
 """
 
 from __future__ import annotations
 
 import atexit
-import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +23,10 @@ from noflush.methods.flat import Outcome
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
-from noflush.patches.deepspeed import in_flight, recut
 from noflush.patches.deepspeed.assembly import make_stage
+from noflush.patches.deepspeed.checkpoints import Checkpoints
 from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
-from noflush.stage import snapshot
 from noflush.stage.late_reader import LateReader
 from noflush.stage.messages import BatchNorm, StageFigures
 from noflush.stage.payloads import check_batch
@@ -43,7 +40,7 @@ def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
+class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
     """A `PipelineEngine` whose pipeline stays full across `train_batch` calls.
 
     Built by `deepspeed.initialize` when the config has an enabled ``async_pipeline`` block. Beyond DeepSpeed's
@@ -51,9 +48,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
 
     Attributes:
         has_one_norm: whether all stages share one gradient norm.
-        recut: whether the checkpoint that was loaded last was of other stages or replicas.
         evaluating: whether `eval_batch` is running.
-        saves: its checkpoints on their way to the disk.
         batch_of_stage: the micro-batch that is about to go forward.
         loss_names: of the module's additional losses.
 
@@ -72,8 +67,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
     total_loss: Any
     total_additional_losses: Any
     micro_batches: int
-    _nf_loads_shards = False
-    _nf_stage: Stage
     agg_train_loss: Tensor
 
     def __init__(self, block: AsyncPipelineConfig, schedule: Schedule, /, *args: Any, **kwargs: Any) -> None:
@@ -91,7 +84,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
-        self._nf_updated = self._nf_said = self.recut = False
+        self._nf_updated = False
         self.loss_names = tuple(self.module.get_additional_losses() or ())
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
@@ -338,7 +331,7 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
         if events and self.global_rank == 0 and self.monitor.enabled:
             self.monitor.write_events(events)
 
-    # ---- evaluation and checkpoints ----------------------------------------------------------------------
+    # ---- evaluation, and another batch size ----------------------------------------------------------------------
 
     def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; training's micro-batches stay in flight and are not disturbed.
@@ -360,128 +353,6 @@ class NoFlushEngine(PipelineEngine):  # type: ignore[misc]
             self.pipe_buffers, self.num_pipe_buffers, was_training = training
             self.total_loss = self.total_additional_losses = None
             self.module.train(was_training)
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: Any = None,
-        save_latest: bool = True,
-        finish: Callable[[Path], None] = lambda partial: None,
-        **kwargs: Any,
-    ) -> Any:
-        """As DeepSpeed's, on every rank; the checkpoint loads in stock DeepSpeed.
-
-        Nothing drains: what is in flight is saved beside DeepSpeed's files (`in_flight`), training goes on as if
-        nothing had been saved, and so does a run that resumes. Where that cannot be (weights ``latest``; rank 0 says
-        so once), it drains first.
-
-        The checkpoint is written beside, and put in its place once every rank's part is on the disk; then ``latest``
-        names it. With ``async_save`` this returns once all has been copied into host memory, and the checkpoint is put
-        in place during a later call, or by `finish_saves`.
-
-        Args:
-            save_dir, tag, client_state, save_latest, kwargs: as DeepSpeed's.
-            finish: called on rank 0 with the folder that holds all files, before it is put in place.
-
-        Raises:
-            NotWrittenError: on every rank, of this checkpoint or the one that was still being written.
-        """
-        stage = self._nf_stage
-        why = snapshot.why_not_taken(stage)
-        if why is not None:
-            if not self._nf_said and self.global_rank == 0:
-                _say(f"noflush: every save drains the pipeline, because {why}")
-            self._nf_said = True
-            self.drain()
-        self._nf_write_events(before=sys.maxsize)
-        stage.guard.saved_to = save_dir
-
-        state = dict(client_state or {})
-        if not stage.weights.has_masters:
-            groups = stage.weights.rule.param_groups
-            state[recut.PARAMETERS] = [self.param_names[p] for group in groups for p in group["params"]]
-
-        def collect(name: str) -> Any:
-            stage.share_scaler()
-            with stage.at_true_weights():
-                result = super(NoFlushEngine, self).save_checkpoint(save_dir, name, state, save_latest=False, **kwargs)
-            in_flight.save(self, Path(save_dir) / name)
-            return result
-
-        with stage.on_duty():
-            return self.saves.save(
-                collect, save_dir, str(tag or f"global_step{self.global_steps}"), save_latest, finish
-            )
-
-    def finish_saves(self) -> None:
-        """Waits until a checkpoint that is being written (``async_save``) is in its place. Collective.
-
-        Raises NotWrittenError on every rank if it could not be written.
-        """
-        with self._nf_stage.on_duty():
-            self.saves.finish()
-
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
-
-        What was in flight is put back, if the optimizer is loaded too and the schedule is the same (else rank 0 says
-        what differs, and the pipeline fills anew): the run goes on as if it had never stopped, given that the script
-        goes on with the data after those of ``global_steps`` calls, and restores its random numbers after this call.
-
-        As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
-        Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
-
-        A checkpoint of other stages or replicas is re-cut by layer (`recut`), and the pipeline fills anew.
-
-        Raises:
-            CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
-        """
-        self.finish_saves()
-        self.drain()
-        rule = self._nf_stage.weights.rule
-        kept = dict(rule.state)
-        if isinstance(rule, DelayAwareOptimizer):
-            rule.forget_weights()
-        asked = inspect.signature(PipelineEngine.load_checkpoint).bind(self, *args, **kwargs)
-        asked.apply_defaults()
-        wanted = asked.arguments
-        alone = wanted["load_module_only"] or not wanted["load_optimizer_states"]
-        folder = recut.asked_for(wanted["load_dir"], wanted["tag"])
-        there = None if self.load_universal_checkpoint() else recut.other_shape(self, folder)
-        self.recut = there is not None
-        if there is not None:
-            assert folder is not None
-            client = recut.load(self, folder, there, not alone, wanted["load_module_strict"])
-            result = str(folder / "of another shape"), client
-        else:
-            self._nf_loads_shards = self.using_bf16_optimizer
-            try:
-                result = super().load_checkpoint(*args, **kwargs)
-            finally:
-                self._nf_loads_shards = False
-            if result[0] is None:  # nothing was loaded
-                rule.state.update(kept)
-            elif result[1] is not None:
-                result[1].pop(recut.PARAMETERS, None)
-            if isinstance(rule, DelayAwareOptimizer):
-                rule.adopt_state()
-        stage = self._nf_stage
-        stage.restart(self.global_steps, self.skipped_steps)
-        if result[0] is not None and there is None and not alone:
-            in_flight.load(self, Path(result[0]).parent)
-            self.skipped_steps = stage.skipped
-        self.agg_train_loss = stage.loss
-        if stage.reports.newest is not None:
-            self._nf_show(stage.reports.newest)
-        return result
-
-    def zero_optimization(self) -> bool:
-        """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
-
-        `BF16_Optimizer` saves its shards as ZeRO does in either case; DeepSpeed 0.19.8 looks for them with ZeRO only.
-        """
-        return bool(super().zero_optimization()) or self._nf_loads_shards
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As DeepSpeed's: changes K = gradient_accumulation_steps, on all ranks at the same call.

@@ -76,7 +76,7 @@ def happens(between, call):
 
 def train(rank, stages, name):
     from noflush.stage.plain import PlainStage
-    from noflush.stage.stage import StageOptions
+    from noflush.stage.work import StageOptions
 
     gas, weights, extra, optimizer, between = cases(stages)[name]
     module = layers(stages)[rank]

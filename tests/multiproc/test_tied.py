@@ -75,8 +75,8 @@ def wire_of(between):
 
 def train(rank, stages, name):
     from noflush.stage.plain import PlainStage
-    from noflush.stage.stage import StageOptions
     from noflush.stage.tied import Tie
+    from noflush.stage.work import StageOptions
 
     gas, weights, extra, (kind, params), three, clip, between = cases(stages)[name]
     module = layers(stages)[rank]

@@ -25,10 +25,11 @@ from noflush.stage.payloads import check_loss
 from noflush.stage.random_numbers import random_state, set_random_state, undisturbed
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
-from noflush.stage.stage import DEFAULTS, Stage, StageOptions
+from noflush.stage.stage import Stage
 from noflush.stage.tied import Tie
 from noflush.stage.update import FusedUpdate, StageUpdate, TorchUpdate
 from noflush.stage.weights import PlainWeights
+from noflush.stage.work import DEFAULTS, StageOptions
 
 logger = logging.getLogger("noflush")
 

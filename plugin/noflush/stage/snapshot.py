@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from noflush.order.replay import breaks_a_batch, in_flight
-from noflush.stage.replay import sent_and_not_taken
+from noflush.stage.messages import Payload
+from noflush.stage.replay import Sent, empty_links, replay, sent_and_not_taken
 
 if TYPE_CHECKING:
     from noflush.stage.stage import Stage
@@ -85,10 +86,10 @@ def take(stage: Stage) -> dict[str, Any]:
             "ring": stage.ring.snapshot(also, with_newest=stage.update.looks_ahead),
             "position": runner.position(),
             "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
-            "sent": [stage.without_request(message) for message in sent_and_not_taken(runner)],
+            "sent": [_without_request(stage, message) for message in sent_and_not_taken(runner)],
             "sums": stage.update.sums() if runs_again.start % schedule.gas else None,
             "tied": stage.tied.snapshot(),
-            "told": stage.told(),
+            "told": _told(stage),
         }
     )
     return found
@@ -124,8 +125,57 @@ def resume(stage: Stage, snapshot: dict[str, Any]) -> None:
     stage.ring.resume(ring)
     if snapshot["sums"] is not None:
         stage.update.set_sums(snapshot["sums"])
-    stage.hear_again(snapshot["told"])
-    stage.put_back(snapshot["position"], snapshot["tied"], snapshot["sent"], snapshot["forwards"])
+    _hear_again(stage, snapshot["told"])
+    with stage.recorder.outside_calls(), stage.on_duty(), stage.work.replaying():
+        empty_links(stage.runner.neighbours, stage.stage, stage.tell_all)
+        stage.runner.stand_at(snapshot["position"])
+        stage.tied.resume(snapshot["tied"], stage.device)
+        _run_again(stage, snapshot["sent"], dict(snapshot["forwards"]))
+
+
+def _told(stage: Stage) -> dict[str, Any]:
+    """What has been told and heard at ``stage``, and waits to be read or handed on."""
+    return {
+        "calls": stage.calls,
+        "guard": stage.guard.snapshot(),
+        "norm": stage.norm.snapshot(),
+        "unheard": stage.intake.skipped,
+        "scale": stage.scale_owner and stage.scale_owner.snapshot(),
+        "heard": stage.heard.snapshot(),
+        "report": (stage.reports.newest, stage.reports.step),
+    }
+
+
+def _hear_again(stage: Stage, told: dict[str, Any]) -> None:
+    stage.calls = told["calls"]
+    stage.guard.resume(told["guard"])
+    stage.norm.resume(told["norm"], stage.device)
+    stage.intake.resume(tuple(told["unheard"]))
+    if stage.scale_owner is not None and told["scale"] is not None:
+        stage.scale_owner.resume(told["scale"])
+    stage.heard.resume(told["heard"])
+    stage.reports.resume(*told["report"])
+
+
+def _without_request(stage: Stage, message: Sent) -> Sent:
+    """A gradient message whose report, if it has one, asks for no stop."""
+    m, tensors, place = message
+    if place is not None:
+        tensors = [*tensors[:place], stage.reports.without_request(tensors[place]), *tensors[place + 1 :]]
+    return m, tensors, place
+
+
+def _run_again(stage: Stage, sent: list[Sent], noted: dict[int, dict[str, Any]]) -> None:
+    stage.forwards.clear()
+
+    def forward(number: int, buffer: int, received: Payload | None) -> Payload:
+        note = noted[number]
+        batch = None if note["batch"] is None else stage.intake.again(note["batch"])
+        stage.forwards.append((number, {**note, "batch": batch}))
+        stage.work.set_random_state(note["random"])
+        return stage.work.forward(buffer, received, batch)
+
+    replay(stage.runner, stage.tied, stage.posting, sent, forward)
 
 
 def missing_updates(snapshot: dict[str, Any]) -> int:

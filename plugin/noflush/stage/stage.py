@@ -12,9 +12,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,31 +22,26 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from noflush.failure import last_words
-from noflush.methods.flat import Outcome
 from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
-from noflush.order.actions import Op
 from noflush.order.deadlock import prove
-from noflush.order.depth import DepthChoice, choose_depth
+from noflush.order.depth import DepthChoice
 from noflush.order.policies import ceil_div
 from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
-from noflush.order.timing import Cost
-from noflush.order.wire_format import AS_IN_MODEL, Wire
-from noflush.stage import link_probe
 from noflush.stage.channels import connect
 from noflush.stage.groups import without_splits
 from noflush.stage.heard import Heard
 from noflush.stage.intake import Intake
 from noflush.stage.late_notice import LateNotice
 from noflush.stage.loss_scale import TravellingScale
+from noflush.stage.measured_depth import measured
 from noflush.stage.messages import BatchReports, Payload, ReportLayout, StageFigures, TensorSpec
 from noflush.stage.payloads import check_batch
 from noflush.stage.peer_watch import PeerWatch
 from noflush.stage.pipeline_norm import PipelineNorm
 from noflush.stage.prefetch import Prefetch
 from noflush.stage.ranks import Ranks
-from noflush.stage.replay import Sent, empty_links, replay
 from noflush.stage.runner import StageRunner
 from noflush.stage.skips import UpdateGuard
 from noflush.stage.tied import Tie, TiedWeights
@@ -54,83 +49,13 @@ from noflush.stage.update import StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
 from noflush.stage.wire import LinkForms
+from noflush.stage.work import DEFAULTS, StageOptions, Work
 from noflush.watch.device_time import DeviceTimes
 from noflush.watch.trace import Recorder
 
 _CALLS_PER_TRACE_FILE = 200
 _MEASURED_MICRO_BATCHES = 16
 Forward = tuple[int, dict[str, Any]]
-
-
-class Work(Protocol):
-    """What is computed at a stage. ``buffer`` numbers a place for one micro-batch in flight."""
-
-    def pull(self) -> Any:
-        """The next micro-batch of this rank's data: (inputs, labels). Raises StopIteration at its end."""
-
-    def forward(self, buffer: int, received: Payload | None, batch: Any) -> Payload:
-        """Runs forward on what the stage before sent (None at the first stage); returns the outputs.
-
-        ``batch``: the micro-batch, at the first and last stages; else None.
-        """
-
-    def backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
-        """Backpropagates ``gradients`` of the differentiable outputs (None at the last stage: its loss)."""
-
-    def input_gradients(self, buffer: int) -> list[Tensor]:
-        """Gradients of the differentiable tensors received; frees the buffer."""
-
-    def batch_losses(self) -> Tensor:
-        """At the last stage, after a batch: its mean losses over micro-batches and replicas, float64 [n]."""
-
-    def random_state(self) -> Any:
-        """What layers draw their random numbers from now: tensors and plain values."""
-
-    def set_random_state(self, state: Any) -> None:
-        """Puts back what `random_state` gave."""
-
-    def replaying(self) -> AbstractContextManager[None]:
-        """Within, forwards are those of a run that goes on from a checkpoint: they train, and nothing else is moved."""
-
-    def updated(self, outcome: Outcome) -> None:
-        """An update was made."""
-
-    def heard(self, step: int, report: Tensor) -> None:
-        """The losses of call ``step`` (from 1) are known here: ``report`` [n and more]."""
-
-    def reserve(self, buffers: int) -> None:
-        """From now on so many micro-batches may be in flight here at once."""
-
-    def say(self, line: str) -> None:
-        """Tells the user ``line``; every rank is given it."""
-
-    def save_stopped(self, folder: str, tag: str) -> None:
-        """Saves a checkpoint of a run that is about to end."""
-
-
-@dataclass(frozen=True)
-class StageOptions:
-    """What a user may choose, as the block's fields of these names say it.
-
-    ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
-    ``late_norm``: whether updates are clipped by the newest norm of all stages that is known without waiting
-    (`clipping.known_batch`); ``posting``: when receives are posted (None: as the
-    backend wants it); ``auto_depth``: to measure the depth.
-    """
-
-    trace_dir: str | None = None
-    peer_timeout_s: float = 1800.0
-    max_skipped_updates: int = 100
-    stop_dir: str | None = None
-    losses: int = 1
-    one_norm: bool = False
-    late_norm: bool = False
-    posting: Posting | None = None
-    wire: Wire = AS_IN_MODEL
-    auto_depth: bool = False
-
-
-DEFAULTS = StageOptions()
 
 
 class Stage:
@@ -175,8 +100,8 @@ class Stage:
         tied: tuple[Sequence[Tie], Mapping[int, Parameter]] = ((), {}),
     ) -> None:
         backend = dist.get_backend()
-        self._posting: Posting = options.posting or posting_of(backend)
-        prove(schedule, self._posting, options.one_norm)
+        self.posting: Posting = options.posting or posting_of(backend)
+        prove(schedule, self.posting, options.one_norm)
         self.schedule, self.ranks, self.device, self.stage = schedule, ranks, device, ranks.stage
         self.weights, self.update, self.work = weights, update, work
         self.options, self._scaler = options, scaler
@@ -186,7 +111,7 @@ class Stage:
         self.heard = Heard()
         self.forwards: deque[Forward] = self._room_for_forwards()
         self._scale: Tensor | float | None = None
-        self._scale_owner: TravellingScale | None = None
+        self.scale_owner: TravellingScale | None = None
         layout = ReportLayout(options.losses, schedule.stages)
         self.reports = BatchReports(layout, self.stage, device)
         clock = DeviceTimes() if device.type == "cuda" else None
@@ -205,8 +130,7 @@ class Stage:
             own = f"stage {self.stage} (rank {ranks.rank})"
             LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
         self.tied = TiedWeights(tied[0], self.stage, tied[1], ranks.pipelines, ranks.rank)
-        self._neighbours = neighbours
-        self._intake = self._make_intake(neighbours)
+        self.intake = self._make_intake(neighbours)
         self.runner = StageRunner(
             schedule,
             self.stage,
@@ -215,8 +139,8 @@ class Stage:
             self,
             self.recorder,
             TensorSpec((layout.words,), torch.float64, False),
-            self._posting,
-            self._intake,
+            self.posting,
+            self.intake,
             self.tied,
             LinkForms(options.wire, self.stage - 1, ranks.replica),
             LinkForms(options.wire, self.stage, ranks.replica),
@@ -335,9 +259,9 @@ class Stage:
         notices = guard.notices(before=self.calls - 1)
         known = self.norm.tell(before=self.calls - 1) if self.stage == 0 else None
         notices = replace(notices, norm=known, figures=(StageFigures(*self.recorder.totals()),))
-        self._intake.begin(self.calls, self.runner.next_message, notices)
+        self.intake.begin(self.calls, self.runner.next_message, notices)
         self.runner.open_call()
-        notices = self._intake.settle()
+        notices = self.intake.settle()
         if notices.stopped_by is not None:
             folder, tag = guard.stop_dir(), f"stopped_global_step{self.calls}"
             self.work.save_stopped(folder, tag)
@@ -352,9 +276,9 @@ class Stage:
         self.calls += 1
 
     def _hear_of_skipped(self, batches: tuple[int, ...]) -> None:
-        if self._scale_owner is not None:
+        if self.scale_owner is not None:
             for batch in batches:
-                self._scale_owner.hear(batch)
+                self.scale_owner.hear(batch)
         self.heard.of_skipped(batches, self.calls - 2 * self.guard.horizon)
 
     # ---- what the runner's actions mean ------------------------------------------------------------------
@@ -362,8 +286,8 @@ class Stage:
     def run_forward(self, micro_batch: int, buffer: int, received: Payload | None) -> Payload:
         """`runner.StageWork`."""
         batch = None
-        if self._intake.reads:
-            batch = self._intake.next()
+        if self.intake.reads:
+            batch = self.intake.next()
             check_batch(batch, self.stage, self.schedule.stages)
         if self.forwards.maxlen:
             self.forwards.append((micro_batch, {"random": self.work.random_state(), "batch": batch}))
@@ -371,8 +295,8 @@ class Stage:
 
     def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:
         """`runner.StageWork`."""
-        if gradients is None and self._scale_owner is not None and self._scale is None:
-            self._scale = self._scale_owner.begin(self.ring.newest)
+        if gradients is None and self.scale_owner is not None and self._scale is None:
+            self._scale = self.scale_owner.begin(self.ring.newest)
         self.work.backward(buffer, gradients)
 
     def input_gradients(self, buffer: int) -> list[Tensor]:
@@ -475,72 +399,17 @@ class Stage:
         """
         self.renumber(calls)
         self.tied.refresh()
-        self._intake.clear()
+        self.intake.clear()
         self.guard.restart(skipped)
         self.heard.forget_losses()
         self._measure_soon()
-
-    # ---- checkpoints of a full pipeline (`snapshot`) ---------------------------------------------------------
 
     def _room_for_forwards(self) -> deque[Forward]:
         live = self.schedule.backward_sees_live_weights
         return deque(maxlen=0 if live else self.schedule.lag(self.stage))
 
-    def told(self) -> dict[str, Any]:
-        """What has been told and heard, and waits to be read or handed on; for `hear_again`."""
-        return {
-            "calls": self.calls,
-            "guard": self.guard.snapshot(),
-            "norm": self.norm.snapshot(),
-            "unheard": self._intake.skipped,
-            "scale": self._scale_owner and self._scale_owner.snapshot(),
-            "heard": self.heard.snapshot(),
-            "report": (self.reports.newest, self.reports.step),
-        }
-
-    def hear_again(self, told: dict[str, Any]) -> None:
-        """Puts back what `told` gave."""
-        self.calls = told["calls"]
-        self.guard.resume(told["guard"])
-        self.norm.resume(told["norm"], self.device)
-        self._intake.resume(tuple(told["unheard"]))
-        if self._scale_owner is not None and told["scale"] is not None:
-            self._scale_owner.resume(told["scale"])
-        self.heard.resume(told["heard"])
-        self.reports.resume(*told["report"])
-
-    def without_request(self, message: Sent) -> Sent:
-        """A gradient message whose report, if it has one, asks for no stop."""
-        m, tensors, place = message
-        if place is not None:
-            tensors = [*tensors[:place], self.reports.without_request(tensors[place]), *tensors[place + 1 :]]
-        return m, tensors, place
-
-    def put_back(
-        self,
-        position: dict[str, Any],
-        tied: dict[str, Any],
-        sent: list[Sent],
-        forwards: list[tuple[int, dict[str, Any]]],
-    ) -> None:
-        """Stands at ``position`` with what was in flight there; on all ranks, of a drained pipeline."""
-        with self.recorder.outside_calls(), self.on_duty(), self.work.replaying():
-            empty_links(self.runner.neighbours, self.stage, self._tell_all)
-            self.runner.stand_at(position)
-            self.tied.resume(tied, self.device)
-            self.forwards.clear()
-            noted = dict(forwards)
-
-            def forward(number: int, buffer: int, received: Payload | None) -> Payload:
-                note = noted[number]
-                batch = None if note["batch"] is None else self._intake.again(note["batch"])
-                self.forwards.append((number, {**note, "batch": batch}))
-                self.work.set_random_state(note["random"])
-                return self.work.forward(buffer, received, batch)
-
-            replay(self.runner, self.tied, self._posting, sent, forward)
-
-    def _tell_all(self, mine: Any) -> list[Any]:
+    def tell_all(self, mine: Any) -> list[Any]:
+        """Every stage's ``mine``, in order; on all stages."""
         told: list[Any] = [mine] * self.schedule.stages
         if self.schedule.stages > 1:
             dist.all_gather_object(told, mine, group=self.ranks.group)
@@ -552,7 +421,7 @@ class Stage:
         Raises ValueError for a K that the weight policy cannot have, before anything has changed.
         """
         self._follow(replace(self.schedule, gas=gas))
-        self._intake.set_gas(gas)
+        self.intake.set_gas(gas)
         self.renumber(self.calls)
 
     def change_extra(self, extra: int) -> None:
@@ -572,27 +441,14 @@ class Stage:
         """
         self._measure_after = None
         self.drain()
-        typical = self.recorder.typical
-        cost = Cost(
-            typical(Op.FORWARD) + typical(Op.SEND_ACTIVATION),
-            typical(Op.BACKWARD) + typical(Op.SEND_GRAD),
-            typical(Op.UPDATE),
-        )
         with self.on_duty():
-            above, below = self.runner.traffic()
-            mine = link_probe.measure(
-                self._neighbours, above, below, self.device, self.stage, cost, self._posting == "ahead"
-            )
-            costs, links = link_probe.gather(mine, self.schedule.stages)
-            # Receives are posted for as many messages as links were deep, and which bring tied weights is settled.
-            least = self.schedule.extra_in_flight if self.tied.ties else 0
-            self.depth = choose_depth(self.schedule, costs, links, least)
+            self.depth = measured(self)
         self.work.say(str(self.depth))
         if self.depth.extra != self.schedule.extra_in_flight:
             self.change_extra(self.depth.extra)
 
     def _follow(self, schedule: Schedule) -> None:
-        prove(schedule, self._posting, self.options.one_norm)
+        prove(schedule, self.posting, self.options.one_norm)
         self.drain()
         self.schedule = self.runner.schedule = schedule
         self.ring.grow(schedule.versions_alive(self.stage))
@@ -614,20 +470,20 @@ class Stage:
 
     def _restart_scale(self) -> None:
         """The last stage takes over the scaler, which a checkpoint may have replaced."""
-        self._scale, self._scale_owner = None, None
+        self._scale, self.scale_owner = None, None
         if self._scaler is not None and self.stage == self.schedule.stages - 1:
-            self._scale_owner = TravellingScale(self._scaler(), self.guard.horizon)
+            self.scale_owner = TravellingScale(self._scaler(), self.guard.horizon)
 
     def _agree_on_scale(self, scaler: Any) -> None:
         """On a drained pipeline: the last stage hears of every overflow, and all stages of its scaler.
 
         So a checkpoint holds one scaler, and a resumed run scales as this one goes on to.
         """
-        mine = [*self.guard.take_untold(), *self._intake.take_skipped()]
-        told = self._tell_all(mine)
+        mine = [*self.guard.take_untold(), *self.intake.take_skipped()]
+        told = self.tell_all(mine)
         self._hear_of_skipped(tuple(sorted({batch for batches in told for batch in batches})))
-        if self._scale_owner is not None:
-            self._scale_owner.settle()
+        if self.scale_owner is not None:
+            self.scale_owner.settle()
         self.share_scaler()
 
     def share_scaler(self) -> None:
@@ -637,7 +493,7 @@ class Stage:
         """
         if self._scaler is not None:
             scaler = self._scaler()
-            vars(scaler).update(self._tell_all(vars(scaler))[-1])
+            vars(scaler).update(self.tell_all(vars(scaler))[-1])
 
 
 def _mark() -> Any:

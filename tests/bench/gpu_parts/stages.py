@@ -15,7 +15,7 @@ import torch.distributed as dist
 from noflush.demo.gpt import next_token_loss, split_by_blocks
 from noflush.order.schedule import Schedule
 from noflush.stage.plain import PlainStage
-from noflush.stage.stage import StageOptions
+from noflush.stage.work import StageOptions
 from tests.bench.gpu_parts import compared, model
 from tests.bench.gpu_parts import device as gpu
 from tests.bench.gpu_parts.ranks import join, own_device

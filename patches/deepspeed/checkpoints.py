@@ -1,0 +1,160 @@
+"""Checkpoints of `NoFlushEngine`: DeepSpeed's, of a full pipeline, loaded so that it goes on or fills anew."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.patches.deepspeed import in_flight, recut
+from noflush.patches.deepspeed.saving import Saves
+from noflush.stage import snapshot
+from noflush.stage.stage import Stage
+
+_Host: Any = PipelineEngine if TYPE_CHECKING else object
+
+
+class Checkpoints(_Host):  # type: ignore[misc]
+    """What the engine has of them.
+
+    Attributes:
+        saves: its checkpoints on their way to the disk.
+        recut: whether the checkpoint that was loaded last was of other stages or replicas.
+    """
+
+    saves: Saves
+    recut = False
+    _nf_stage: Stage
+    _nf_loads_shards = False
+    _nf_said = False
+    skipped_steps: int
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        finish: Callable[[Path], None] = lambda partial: None,
+    ) -> Any:
+        """As DeepSpeed's, on every rank; the checkpoint loads in stock DeepSpeed.
+
+        Nothing drains: what is in flight is saved beside DeepSpeed's files (`in_flight`), training goes on as if
+        nothing had been saved, and so does a run that resumes. Where that cannot be (weights ``latest``; rank 0 says
+        so once), it drains first.
+
+        The checkpoint is written beside, and put in its place once every rank's part is on the disk; then ``latest``
+        names it. With ``async_save`` this returns once all has been copied into host memory, and the checkpoint is put
+        in place during a later call, or by `finish_saves`.
+
+        Args:
+            save_dir, tag, client_state, save_latest, exclude_frozen_parameters: as DeepSpeed's.
+            finish: called on rank 0 with the folder that holds all files, before it is put in place.
+
+        Raises:
+            NotWrittenError: on every rank, of this checkpoint or the one that was still being written.
+        """
+        stage = self._nf_stage
+        why = snapshot.why_not_taken(stage)
+        if why is not None:
+            if not self._nf_said:
+                self.say(f"every save drains the pipeline, because {why}")
+            self._nf_said = True
+            self.drain()
+        self._nf_write_events(before=sys.maxsize)
+        stage.guard.saved_to = save_dir
+
+        state = dict(client_state or {})
+        if not stage.weights.has_masters:
+            groups = stage.weights.rule.param_groups
+            state[recut.PARAMETERS] = [self.param_names[p] for group in groups for p in group["params"]]
+
+        def collect(name: str) -> Any:
+            stage.share_scaler()
+            with stage.at_true_weights():
+                result = super(Checkpoints, self).save_checkpoint(
+                    save_dir, name, state, False, exclude_frozen_parameters
+                )
+            in_flight.save(self, Path(save_dir) / name)
+            return result
+
+        with stage.on_duty():
+            return self.saves.save(
+                collect, save_dir, str(tag or f"global_step{self.global_steps}"), save_latest, finish
+            )
+
+    def finish_saves(self) -> None:
+        """Waits until a checkpoint that is being written (``async_save``) is in its place. Collective.
+
+        Raises NotWrittenError on every rank if it could not be written.
+        """
+        with self._nf_stage.on_duty():
+            self.saves.finish()
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
+
+        What was in flight is put back, if the optimizer is loaded too and the schedule is the same (else rank 0 says
+        what differs, and the pipeline fills anew): the run goes on as if it had never stopped, given that the script
+        goes on with the data after those of ``global_steps`` calls, and restores its random numbers after this call.
+
+        As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
+        Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
+
+        A checkpoint of other stages or replicas is re-cut by layer (`recut`), and the pipeline fills anew.
+
+        Raises:
+            CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
+        """
+        self.finish_saves()
+        self.drain()
+        rule = self._nf_stage.weights.rule
+        kept = dict(rule.state)
+        if isinstance(rule, DelayAwareOptimizer):
+            rule.forget_weights()
+        asked = inspect.signature(PipelineEngine.load_checkpoint).bind(self, *args, **kwargs)
+        asked.apply_defaults()
+        wanted = asked.arguments
+        alone = wanted["load_module_only"] or not wanted["load_optimizer_states"]
+        folder = recut.asked_for(wanted["load_dir"], wanted["tag"])
+        there = None if self.load_universal_checkpoint() else recut.other_shape(self, folder)
+        self.recut = there is not None
+        if there is not None:
+            assert folder is not None
+            client = recut.load(self, folder, there, not alone, wanted["load_module_strict"])
+            result = str(folder / "of another shape"), client
+        else:
+            self._nf_loads_shards = self.using_bf16_optimizer
+            try:
+                result = super().load_checkpoint(*args, **kwargs)
+            finally:
+                self._nf_loads_shards = False
+            if result[0] is None:  # nothing was loaded
+                rule.state.update(kept)
+            elif result[1] is not None:
+                result[1].pop(recut.PARAMETERS, None)
+            if isinstance(rule, DelayAwareOptimizer):
+                rule.adopt_state()
+        stage = self._nf_stage
+        stage.restart(self.global_steps, self.skipped_steps)
+        if result[0] is not None and there is None and not alone:
+            in_flight.load(self, Path(result[0]).parent)
+            self.skipped_steps = stage.skipped
+        self.agg_train_loss = stage.loss
+        if stage.reports.newest is not None:
+            self._nf_show(stage.reports.newest)
+        return result
+
+    def zero_optimization(self) -> bool:
+        """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.
+
+        `BF16_Optimizer` saves its shards as ZeRO does in either case; DeepSpeed 0.19.8 looks for them with ZeRO only.
+        """
+        return bool(super().zero_optimization()) or self._nf_loads_shards
