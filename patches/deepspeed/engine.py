@@ -32,6 +32,7 @@ from noflush.stage.messages import BatchNorm, StageFigures
 from noflush.stage.payloads import check_batch
 from noflush.stage.slices import Slices, StageSlices
 from noflush.stage.stage import Stage
+from noflush.watch import balance
 from noflush.watch.progress import progress_line
 
 
@@ -85,6 +86,7 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
         self._nf_events: list[tuple[str, float, int]] = []
         self._nf_losses = LateReader()
         self._nf_updated = False
+        self._nf_calls = 0
         self.loss_names = tuple(self.module.get_additional_losses() or ())
         self._reserve_pipe_buffers(schedule.in_flight(self.stage_id))
         # Stock spreads activations over the slices between stages; noflush's channels carry them whole.
@@ -299,6 +301,16 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
                 self._nf_print(interval)
                 self._nf_events.append(("Train/Samples/bubble", interval["bubble"], self.global_samples))
         self._nf_write_events(before=self.global_steps - 1)
+        self._nf_calls += 1
+        if self._nf_calls == balance.CALLS:
+            self._nf_say_balance()
+
+    def _nf_say_balance(self) -> None:
+        figures, grid = self.figures, self.grid
+        first = grid.get_data_parallel_rank() == 0 and grid.get_slice_parallel_rank() == 0
+        if first and len(figures) == self.num_stages > 1:  # at the last stage
+            calls = self._nf_calls - 1  # they were told as the newest call was opened
+            _say(f"noflush: {balance.balance_line([of.busy_ns / 1e6 / calls for of in figures])}")
 
     def _nf_print(self, interval: dict[str, float]) -> None:
         line = progress_line(

@@ -87,3 +87,24 @@ def test_clip_norm_is_the_stages_own_and_right():
         norm = torch.cat([p.grad.flatten() for p in part.parameters()]).norm().item()
         first = next(value for value in norms[stage] if value is not None)
         assert first == pytest.approx(norm, rel=1e-5)
+
+
+def uneven(rank):
+    import time
+
+    def slow(gpt=None):
+        made = t.layers(gpt)
+        made[-1].register_forward_pre_hook(lambda *_: time.sleep(0.02))
+        return made
+
+    engine = t.build(3, t.ds_config(1, block={}), gpt=t.GPT | {"depth": 3}, make_layers=slow)
+    with redirect_stdout(io.StringIO()) as said:
+        for _ in range(52):
+            engine.train_batch(iter(t.data(1)))
+    return [line for line in said.getvalue().splitlines() if "compute of a call" in line]
+
+
+def test_the_slowest_stage_is_named_once():
+    first, second, (line,) = run_ranks(uneven, 3)
+    assert first == second == []
+    assert "; stage 2 sets the pace of all, at " in line
