@@ -27,6 +27,7 @@ TIED = ("deepspeed.runtime.pipe.module", "TiedLayerSpec")
 NEEDED: dict[Owner, str] = {
     ENGINE: """
         _compute_loss _config _configure_basic_optimizer _configure_bf16_optimizer _configure_zero_optimizer
+        _copy_recovery_script checkpoint_engine load_universal_checkpoint local_rank use_node_local_storage
         _exec_backward_pass _exec_forward_pass _exec_load_micro_batch
         _exec_reduce_grads _exec_reduce_tied_grads _exec_schedule _global_grad_norm _is_supported_optimizer _next_batch
         _report_progress _reserve_pipe_buffers _running_engine_backward _scale_loss_by_gas _step_applied
@@ -41,11 +42,12 @@ NEEDED: dict[Owner, str] = {
         train_batch_size train_micro_batch_size_per_gpu using_bf16_optimizer zero_optimization
     """,
     MODULE: """
-        _layer_specs dynamic_shape get_additional_losses num_stages parts stage_id tied_comms tied_modules
+        _layer_specs dynamic_shape get_additional_losses load_state_dir num_stages parts stage_id tied_comms tied_modules
         tied_weight_attrs
     """,
     GRID: """
-        _topo get_data_parallel_group get_data_parallel_rank get_model_parallel_group get_pipe_parallel_group
+        _topo get_data_parallel_group get_data_parallel_rank get_model_parallel_group get_model_parallel_rank
+        get_pipe_parallel_group
         get_slice_parallel_group get_slice_parallel_rank get_slice_parallel_world_size
     """,
     TOPOLOGY: "get_axis_comm_lists",
@@ -56,7 +58,7 @@ NEEDED: dict[Owner, str] = {
     BF16: """
         _global_grad_norm _lazy_init_hp_params_optimizer_state bf16_groups bf16_groups_flat bf16_partitioned_groups
         clear_hp_grads clear_lp_grads dp_process_group fp32_groups_flat_partition fp32_groups_gradients
-        fp32_groups_gradients_flat mpu optimizer step update_hp_grads zero_grad
+        fp32_groups_gradients_flat fp32_groups_has_gradients mpu optimizer step update_hp_grads zero_grad
     """,
     ZERO: """
         _global_grad_norm _grad_acc_hooks _lazy_init_hp_params_optimizer_state _update_model_bit16_weights

@@ -13,17 +13,20 @@ from noflush.patches.deepspeed import probe, seam
 WING = Path(__file__).parents[2] / "patches" / "deepspeed"
 EXPRESSIONS = {
     "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine",
-               "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine"),
+               "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine",
+               "checkpoints.py self", "checkpoints.py super()", "checkpoints.py super(Checkpoints, self)",
+               "in_flight.py engine", "recut.py engine", "saving.py engine", "saving.py self._engine"),
     "grid": (
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
         *("assembly.py engine.grid", "assembly.py engine.mpu", "work.py self._engine.mpu"),
+        *("in_flight.py engine.grid", "recut.py engine.grid"),
     ),
     "topology": ("assembly.py engine.grid._topo",),
     "module": (
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
-        "ties.py model",
+        *("ties.py model", "recut.py engine.module"),
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -61,9 +64,15 @@ FURTHER_IN = {
     "muon_section.py host_config._param_dict['optimizer']": "a dict",
     "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
     "update.py self._update": "ours",
+    "in_flight.py engine.pipeline_stage": "ours",
+    "in_flight.py engine.pipeline_stage.runner": "ours",
+    "recut.py engine.pipeline_stage": "ours",
+    "recut.py engine.lr_scheduler": "whatever the script has",
+    "in_flight.py engine.checkpoint_engine": "one of DeepSpeed's several, made at run time",
+    "saving.py self._engine.checkpoint_engine": "one of DeepSpeed's several, made at run time",
     "ties.py optimizer": "a script's own, of torch's class",
 }
-OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "__init__")
+OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "saves", "recut", "__init__")
 TORCHS = {
     "module": {"train", "training", "parameters", "named_parameters", "named_modules", "get_submodule"},
 }
@@ -78,16 +87,18 @@ def used(owner):
             if isinstance(node, ast.Attribute) and f"{file.name} {ast.unparse(node.value)}" in EXPRESSIONS[owner]:
                 found.add(node.attr)
     if owner == "engine":
-        (ours,) = (
+        ours = [
             node
-            for node in ast.walk(ast.parse((WING / "engine.py").read_text()))
-            if isinstance(node, ast.ClassDef) and node.name == "NoFlushEngine"
-        )
-        own = {f.name for f in ours.body if isinstance(f, ast.FunctionDef)}
+            for file in ("engine.py", "checkpoints.py")
+            for node in ast.walk(ast.parse((WING / file).read_text()))
+            if isinstance(node, ast.ClassDef) and node.name in ("NoFlushEngine", "Checkpoints")
+        ]
+        own = {f.name for of in ours for f in of.body if isinstance(f, ast.FunctionDef)}
         called_above = {
             n.attr
-            for n in ast.walk(ours)
-            if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "super()" and n.attr != "__init__"
+            for of in ours
+            for n in ast.walk(of)
+            if isinstance(n, ast.Attribute) and ast.unparse(n.value).startswith("super(") and n.attr != "__init__"
         }
         found = {n for n in found if not n.startswith("_nf_") and n not in OUR_ATTRIBUTES}
         found = (found - own) | called_above | {"save_checkpoint"}

@@ -90,13 +90,6 @@ def test_while_one_makes_room_for_another_it_is_still_found(tmp_path):
     assert newest_complete(tmp_path) == "global_step4"
 
 
-def test_a_checkpoint_of_other_stages_is_refused(tmp_path):
-    save = tmp_path / "save"
-    finish(Run(arguments(tmp_path, f"{MORE} --train-iters 2 --lr-warmup-iters 0 --save {save}"), 2, tmp_path, "two"))
-    with pytest.raises(ArgumentsError, match="is of 2 stages, and --pipeline-model-parallel-size is 1"):
-        settings_of(arguments(tmp_path, f"--mock-data --train-iters 4 --lr-warmup-iters 0 --load {save}"), 1)
-
-
 def test_a_stop_at_an_evaluation_evaluates_and_later_ones_go_on(tmp_path):
     save = tmp_path / "save"
     more = f"{MORE} --train-iters 8 --eval-iters 2 --eval-interval 2 --save {save} --save-interval 4"
