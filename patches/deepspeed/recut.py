@@ -55,9 +55,9 @@ def shape_of(folder: Path) -> Shape | None:
     """The shape of the checkpoint in ``folder``; None if there is none of a pipeline."""
     parts = len(list(folder.glob("mp_rank_*_model_states.pt")))
     layers = list(folder.glob("layer_*-model_states.pt"))
-    if not parts or not layers:
-        return None
     slices = max(1, len({m[1] for f in layers if (m := re.search(r"-model_(\d+)-model_states", f.name))}))
+    if not layers or parts < slices:  # weights alone, which launch/convert_checkpoint.py imports, have one part
+        return None
     shards = [int(m[1]) for f in _shards(folder, 0) if (m := re.search(r"zero_pp_rank_(\d+)_", f.name))]
     return Shape(parts // slices, slices, max(shards, default=-1) + 1)
 

@@ -121,16 +121,16 @@ def _engine(argv, world):
 
 
 def _train(rank, argv):
-    """Two iterations, a checkpoint; losses of two held-out micro-batches before and after."""
+    """Four iterations, a checkpoint; losses of two held-out micro-batches before and after."""
     from noflush.launch.arguments.progress import Position
     from noflush.launch.training import checkpoint
 
     settings, engine = _engine(argv, 4)
     before = float(engine.eval_batch(_batches(9), num_micro_batches=2))
     data = _batches(1)
-    for _ in range(2):
+    for _ in range(4):
         engine.train_batch(data_iter=data)
-    checkpoint.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=2))
+    checkpoint.save(engine, settings.checkpoints, settings.model, settings.tokens, Position(iteration=4))
     return before, float(engine.eval_batch(_batches(9), num_micro_batches=2))
 
 
