@@ -29,9 +29,9 @@ class Stage(PlainStage):
 
     synchronising = False
 
-    def run_forward(self, buffer, received):
+    def run_forward(self, micro_batch, buffer, received):
         self._stand_still()
-        return super().run_forward(buffer, received)
+        return super().run_forward(micro_batch, buffer, received)
 
     def run_backward(self, buffer, gradients):
         self._stand_still()
