@@ -74,7 +74,7 @@ class Checkpoints(_Host):  # type: ignore[misc]
         state = dict(client_state or {})
         if not stage.weights.has_masters:
             groups = stage.weights.rule.param_groups
-            state[recut.PARAMETERS] = [self.param_names[p] for group in groups for p in group["params"]]
+            state[recut.PARAMETERS] = [self.param_names.get(p, "") for group in groups for p in group["params"]]
 
         def collect(name: str) -> Any:
             stage.share_scaler()
