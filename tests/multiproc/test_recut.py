@@ -98,7 +98,7 @@ def test_other_stages_change_no_number_of_a_run_that_flushes(stages, tmp_path):
     assert "written by 4 stages of 1 replicas" in lines[-1]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_other_replicas_too(before, after, tmp_path):
     """The same samples, in other sums: equal to a float's rounding."""
     names = ("ZeRO-1", "NAdamW")
