@@ -40,19 +40,20 @@ def read_batch(of: Values, config: Mapping[str, Any], ranks: Ranks) -> Batch:
             of.faults.append(f"--rampup-batch-size {of.rampup_batch_size}: give start size, increment and samples")
         else:
             start, increment, samples = rampup = tuple(of.rampup_batch_size)
-            if known and (
+            if (
                 min(start, increment, samples) < 1
                 or start % unit
                 or increment % unit
                 or start > size
                 or (size - start) % increment
             ):
-                of.faults.append(
-                    f"--rampup-batch-size {start} {increment} {samples}: start and increment must be multiples of "
-                    f"{unit} (micro-batch size x replicas) and lead to the global batch size {size}, over 1 sample or "
-                    "more"
-                )
-                rampup = None
+                rampup = None  # there is no end to what leads nowhere
+                if known:
+                    of.faults.append(
+                        f"--rampup-batch-size {start} {increment} {samples}: start and increment must be multiples of "
+                        f"{unit} (micro-batch size x replicas) and lead to the global batch size {size}, over 1 sample "
+                        "or more"
+                    )
     return Batch(micro, size, rampup, schedule)
 
 

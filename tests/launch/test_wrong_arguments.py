@@ -12,7 +12,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -352,6 +352,7 @@ FLAGS = (
 
 
 @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@example({"global-batch-size": -1}, {}, set(), (-2, -2, 1), 1)  # a ramp that leads nowhere once had no end
 @given(
     st.dictionaries(st.sampled_from(INTEGERS.split()), st.integers(-2, 9) | st.just(10**12), max_size=5),
     st.dictionaries(
