@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from noflush.stage.checkpoint import make_room, put_in_place, remove, sync
+from noflush.stage.checkpoint import PARTIAL, make_room, put_in_place, remove, sync
 from noflush.stage.not_written import NotWrittenError, why_not_written
 from noflush.stage.snapshot import to_host
 
@@ -99,7 +99,7 @@ class Saves:
         begun = time.monotonic()
         at = Path(folder)
         self._on_placer(lambda: self._make_room(at, tag), at / tag, at)
-        save = _Save(self._count, at, tag, latest, finish, at / f"{tag}.partial")
+        save = _Save(self._count, at, tag, latest, finish, at / f"{tag}{PARTIAL}")
         self._count += 1
         failed: list[str] = []
         with self._collecting(save, failed):
