@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import logging
 import shutil
 import time
@@ -31,6 +32,7 @@ logger = logging.getLogger("noflush")
 # DeepSpeed copies these beside the checkpoints, through a link too.
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _AT_THE_END_S = 60.0
+_NUMBERS = itertools.count()  # all ranks make theirs in one order
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Saves:
         self._engine, self._background, self._places = engine, background, places
         self._writer = ThreadPoolExecutor(1, "noflush-saves") if background else None
         self._under_way: _Save | None = None
-        self._count = 0
+        self._count, self._number = 0, next(_NUMBERS)
         self._store: Any = None
         self.stalled_s = 0.0
         if background:
@@ -122,7 +124,7 @@ class Saves:
         save = self._under_way
         if save is None or save.placed or save.written is None or not save.written.done():
             return
-        key = f"noflush/saves/{save.number}"
+        key = f"noflush/saves/{self._number}/{save.number}"
         if not save.told:
             save.told = True
             self._store.add(key if save.written.result() is None else f"{key}/failed", 1)
