@@ -52,7 +52,8 @@ def test_the_same_script_without_the_block_is_stock():
 
 
 @pytest.mark.parametrize(
-    ("gas", "weights"), [(1, "stash"), (2, "stash"), (2, "2bw"), pytest.param(1, "latest", marks=pytest.mark.slow)]
+    ("gas", "weights"),
+    [(1, "stash"), (2, "2bw")] + [pytest.param(*one, marks=pytest.mark.slow) for one in ((2, "stash"), (1, "latest"))],
 )
 def test_plain_torch_without_a_host_is_the_simulator_to_the_bit(gas, weights, tmp_path, monkeypatch):
     for host in ("deepspeed", "megatron", "transformers"):  # in place of those that are installed

@@ -33,6 +33,7 @@ def test_a_run_that_is_stopped_and_goes_on_has_the_losses_of_one_that_is_left_al
         assert finish(again, stages, tmp_path, f"{at}")[0] == {n: alone[n] for n in range(at + 1, 13)}, at
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_stages(tmp_path):
     """With the flush, where stages change no number: the losses of the run that keeps its four."""
     config = {"optimizer": NADAMW, "async_pipeline": {"enabled": True, "schedule": "1f1b_flush"}}

@@ -81,7 +81,9 @@ def train(rank, stages, gas, calls, wire):
     return result | {"depth": chosen[at], "at": at}
 
 
-@pytest.mark.parametrize(("stages", "gas", "wire", "replicas"), [(3, 1, "int8", 1), (2, 2, "model", 2)])
+@pytest.mark.parametrize(
+    ("stages", "gas", "wire", "replicas"), [(3, 1, "int8", 1), pytest.param(2, 2, "model", 2, marks=pytest.mark.slow)]
+)
 def test_ranks_choose_one_depth_and_go_on_as_the_simulator(stages, gas, wire, replicas):
     calls = 44 // gas
     results = run_ranks(train, stages * replicas, timeout=200, stages=stages, gas=gas, calls=calls, wire=wire)

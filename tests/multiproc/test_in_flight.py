@@ -170,7 +170,7 @@ CASES = {
 }
 
 
-SLOW = set(CASES) - {"P2", "P4-K2-within-a-batch", "P3-2bw", "P3-muon", "P3-bf16", "P3-late-norm"}
+SLOW = set(CASES) - {"P2", "P4-K2-within-a-batch", "P3-muon", "P3-bf16"}
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,14 @@ def simulate(stages, name, clip_by="lagged_global"):
     return losses, simulator, told
 
 
-@pytest.mark.parametrize(("stages", "name"), [(stages, name) for stages in (2, 3, 4) for name in cases(stages)])
+@pytest.mark.parametrize(
+    ("stages", "name"),
+    [
+        pytest.param(stages, name, marks=[pytest.mark.slow] * (stages == 2))
+        for stages in (2, 3, 4)
+        for name in cases(stages)
+    ],
+)
 def test_the_stages_are_the_simulator(stages, name):
     losses, simulator, told = simulate(stages, name)
     results = [result[name] for result in trained(stages)]

@@ -73,7 +73,7 @@ def simulated(stages, name):
 
 
 @pytest.mark.parametrize("name", cases())
-@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_equals_the_simulator(stages, name):
     t.assert_same([r[name] for r in trained(stages)], *simulated(stages, name))
 
