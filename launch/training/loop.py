@@ -98,11 +98,10 @@ class Training:
                 # The last evaluation, and the checkpoint, are of all updates. A run that is to go on does not drain.
                 self.engine.drain()
             self._save()
+            self._finish_saves()
         if reason is None and steps.eval_iterations:
             for name, dataset in (("validation", self._valid), ("test", self._test)):
                 self._evaluate(name, dataset, self.position.iteration)
-        if hasattr(self.engine, "finish_saves"):
-            self._finish_saves()
         if self._writers:
             self._writers.close()
         return reason
@@ -173,7 +172,8 @@ class Training:
 
     def _finish_saves(self) -> None:
         try:
-            self.engine.finish_saves()
+            if hasattr(self.engine, "finish_saves"):
+                self.engine.finish_saves()
         except NotWrittenError as error:
             raise RefusedError(str(error), everywhere=True) from None
 

@@ -12,6 +12,7 @@ import torch
 from deepspeed.runtime.activation_checkpointing import checkpointing
 from megatron.core import parallel_state
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 import noflush
 from noflush.failure.last_words import attend
@@ -36,6 +37,21 @@ def meet_others(ranks: Ranks) -> Any:
     return meet(int(os.environ["RANK"]), ranks.world, os.environ, 60.0 * ranks.timeout_minutes, split)
 
 
+def _join_again(ranks: Ranks, store: Any, gpu: bool, timeout: timedelta) -> None:
+    """As DeepSpeed joins, after torchrun has started the ranks again: through a store of this attempt's own.
+
+    With ``--master-port`` torch (2.13) keeps its store, in which the addresses of processes stand that are gone.
+    """
+    torch.distributed.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=PrefixStore("ranks", store),
+        rank=int(os.environ["RANK"]),
+        world_size=ranks.world,
+        timeout=timeout,
+        device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else None,
+    )
+
+
 def join(ranks: Ranks, store: Any = None) -> None:
     """Joins torch.distributed, and makes megatron-core's groups over it; ``store`` takes ranks' last words."""
     noflush.register()
@@ -46,6 +62,8 @@ def join(ranks: Ranks, store: Any = None) -> None:
     # DeepSpeed makes groups without a timeout of their own: torch's default is half an hour.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
     attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
+    if store is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        _join_again(ranks, store, gpu, timeout)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
     with without_splits():
         parallel_state.initialize_model_parallel(
