@@ -14,6 +14,7 @@ from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.patches.deepspeed import in_flight, recut
 from noflush.patches.deepspeed.saving import Saves
 from noflush.stage import snapshot
+from noflush.stage.checkpoint import named_by_latest
 from noflush.stage.stage import Stage
 
 _Host: Any = PipelineEngine if TYPE_CHECKING else object
@@ -123,17 +124,21 @@ class Checkpoints(_Host):  # type: ignore[misc]
         asked.apply_defaults()
         wanted = asked.arguments
         alone = wanted["load_module_only"] or not wanted["load_optimizer_states"]
-        folder = recut.asked_for(wanted["load_dir"], wanted["tag"])
-        there = None if self.load_universal_checkpoint() else recut.other_shape(self, folder)
+        if wanted["tag"] is None and not self.load_universal_checkpoint():
+            wanted["tag"] = named_by_latest(wanted["load_dir"])
+        there = None
+        if wanted["tag"] is not None and not alone and not self.load_universal_checkpoint():
+            folder = Path(wanted["load_dir"], str(wanted["tag"]))
+            there = recut.other_shape(self, folder)
         self.recut = there is not None
+        with_schedule = wanted["load_lr_scheduler_states"]
         if there is not None:
-            assert folder is not None
-            client = recut.load(self, folder, there, not alone, wanted["load_module_strict"])
+            client = recut.load(self, folder, there, wanted["load_module_strict"], with_schedule)
             result = str(folder / "of another shape"), client
         else:
             self._nf_loads_shards = self.using_bf16_optimizer
             try:
-                result = super().load_checkpoint(*args, **kwargs)
+                result = super().load_checkpoint(*asked.args[1:], **asked.kwargs)
             finally:
                 self._nf_loads_shards = False
             if result[0] is None:  # nothing was loaded
@@ -145,7 +150,7 @@ class Checkpoints(_Host):  # type: ignore[misc]
         stage = self._nf_stage
         stage.restart(self.global_steps, self.skipped_steps)
         if result[0] is not None and there is None and not alone:
-            in_flight.load(self, Path(result[0]).parent)
+            in_flight.load(self, Path(result[0]).parent, with_schedule)
             self.skipped_steps = stage.skipped
         self.agg_train_loss = stage.loss
         if stage.reports.newest is not None:

@@ -32,14 +32,15 @@ def save(engine: Any, folder: str | Path) -> None:
     if not engine.pipeline_stage.runner.calls:
         path.unlink(missing_ok=True)  # of an older checkpoint of the same name
         return
-    found = snapshot.take(engine.pipeline_stage)
-    if _replica(engine):
-        found["ring"]["versions"] = {}
-    engine.checkpoint_engine.save(found, str(path))
+    found = snapshot.take(engine.pipeline_stage, with_versions=not _replica(engine)) | {"micro_batches": _kind(engine)}
+    # What is written in the background is copied on its way there.
+    engine.checkpoint_engine.save(found if engine.saves.background else snapshot.to_host(found), str(path))
 
 
-def load(engine: Any, folder: str | Path) -> bool:
+def load(engine: Any, folder: str | Path, with_schedule: bool = True) -> bool:
     """Goes on with what the checkpoint ``folder`` has in flight; on all ranks, of a drained and restarted stage.
+
+    ``with_schedule``: whether the learning-rate schedule was loaded too.
 
     Returns False where it has nothing of the kind, or what cannot be put back here (rank 0 says why): the pipeline is
     to fill anew.
@@ -65,9 +66,11 @@ def load(engine: Any, folder: str | Path) -> bool:
         return False
     if stage.options.auto_depth and stage.schedule.extra_in_flight != snapshot.depth_of(found):
         stage.change_extra(snapshot.depth_of(found))  # the run's own choice, until it measures again
-    reasons = _told(snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage))
+    reasons = _told(
+        _why_other(found, engine) or snapshot.why_not_resumed(found, stage) or snapshot.why_not_taken(stage)
+    )
     if reasons:
-        _catch_up(engine, snapshot.missing_updates(found))
+        _catch_up(engine, snapshot.missing_updates(found) if with_schedule else 0)
         if engine.global_rank == 0:
             logger.warning(
                 "noflush: %s: %s; the pipeline fills anew, and the micro-batches that were in flight are lost to the "
@@ -79,6 +82,19 @@ def load(engine: Any, folder: str | Path) -> bool:
         found["ring"]["versions"] = first["ring"]["versions"]
     snapshot.resume(stage, found)
     return True
+
+
+def _kind(engine: Any) -> dict[str, Any]:
+    """What of micro-batches is the run's own choice; their messages must be alike on both sides of a checkpoint."""
+    return {
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "precision": str(engine.get_data_types()[0]),
+    }
+
+
+def _why_other(found: dict[str, Any], engine: Any) -> str | None:
+    here, there = _kind(engine), found["micro_batches"]
+    return ", ".join(f"{key} {there[key]} is {here[key]} now" for key in here if here[key] != there[key]) or None
 
 
 def _told(mine: str | None) -> list[str]:

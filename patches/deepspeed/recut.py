@@ -19,7 +19,7 @@ from torch import Tensor
 
 from noflush.methods.matrices import is_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
-from noflush.stage.checkpoint import LATEST, CheckpointError
+from noflush.stage.checkpoint import CheckpointError
 from noflush.stage.layout import FlatLayout
 
 logger = logging.getLogger("noflush")
@@ -62,23 +62,13 @@ def shape_of(folder: Path) -> Shape | None:
     return Shape(parts // slices, slices, max(shards, default=-1) + 1)
 
 
-def asked_for(folder: str, tag: str | None) -> Path | None:
-    """The folder of the checkpoint that DeepSpeed would load; None where it finds none."""
-    if tag is None:
-        latest = Path(folder) / LATEST
-        if not latest.is_file():
-            return None
-        tag = latest.read_text().strip()
-    return Path(folder) / str(tag)
-
-
-def other_shape(engine: Any, folder: Path | None) -> Shape | None:
+def other_shape(engine: Any, folder: Path) -> Shape | None:
     """The shape of the checkpoint in ``folder``, where it is another than this run's; else None.
 
     Raises CheckpointError if it cannot be re-cut.
     """
-    there = None if folder is None else shape_of(folder)
-    if there is None:
+    there = shape_of(folder)
+    if there is None or engine.use_node_local_storage():  # of which each node sees a part
         return None
     slices = engine.grid.get_slice_parallel_world_size()
     same_replicas = there.replicas in (0, engine.dp_world_size)
@@ -93,12 +83,14 @@ def other_shape(engine: Any, folder: Path | None) -> Shape | None:
     return there
 
 
-def load(engine: Any, folder: Path, there: Shape, with_optimizer: bool, strict: bool) -> dict[str, Any]:
+def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: bool) -> dict[str, Any]:
     """Loads the checkpoint of shape ``there`` into the drained ``engine``; returns what its script had saved.
 
+    Weights alone DeepSpeed loads into any number of stages itself.
+
     Args:
-        with_optimizer: whether optimizer, its schedule and the counters are loaded too.
         strict: as DeepSpeed's ``load_module_strict``.
+        with_schedule: as DeepSpeed's ``load_lr_scheduler_states``.
 
     Raises:
         CheckpointError: it lacks a parameter's state, or has some that depends on how matrices lay in a shard.
@@ -106,18 +98,21 @@ def load(engine: Any, folder: Path, there: Shape, with_optimizer: bool, strict: 
     engine.module.load_state_dir(str(folder), strict=strict, checkpoint_engine=engine.checkpoint_engine)
     slice_rank = engine.grid.get_slice_parallel_rank()
     parts = [stage * there.slices + slice_rank for stage in range(there.stages)]
-    first = _read(_stage_file(folder, parts[0]))
-    if with_optimizer:
-        kept: dict[str, _Kept] = {}
-        for part in parts:
-            _collect(folder, part, kept)
-        _fill(engine, kept, folder)
-        last = _read(_stage_file(folder, parts[-1]))
-        if engine.lr_scheduler is not None and last.get("lr_scheduler") is not None:
-            # The last stage has made an update a call: its schedule stands where the run does.
-            engine.lr_scheduler.load_state_dict(last["lr_scheduler"])
-        engine.global_steps, engine.skipped_steps = first["global_steps"], first["skipped_steps"]
-        engine.global_samples = first.get("global_samples", first["global_steps"] * engine.train_batch_size())
+    kept: dict[str, _Kept] = {}
+    for part in parts:
+        _collect(folder, part, kept)
+    _fill(engine, kept, folder)
+    first, last = _read(_stage_file(folder, parts[0])), _read(_stage_file(folder, parts[-1]))
+    if with_schedule and engine.lr_scheduler is not None and last.get("lr_scheduler") is not None:
+        # The last stage has made an update a call: its schedule stands where the run does.
+        engine.lr_scheduler.load_state_dict(last["lr_scheduler"])
+    shards = _shards(folder, parts[-1])
+    if engine.fp16_enabled() and shards:
+        saved = _read(shards[0])["optimizer_state_dict"]["loss_scaler"]
+        if type(saved) is type(engine.optimizer.loss_scaler):  # dynamic or not, as this run's
+            engine.optimizer.loss_scaler = saved
+    engine.global_steps, engine.skipped_steps = first["global_steps"], first["skipped_steps"]
+    engine.global_samples = first.get("global_samples", first["global_steps"] * engine.train_batch_size())
     if engine.global_rank == 0:
         logger.warning(
             "noflush: %s was written by %d stages%s: re-cut by layer for %d stages of %d; the pipeline fills anew",

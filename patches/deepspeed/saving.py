@@ -61,11 +61,13 @@ class Saves:
         places: whether this rank puts checkpoints in place: one that sees all files.
 
     Attributes:
+        background: as given.
         stalled_s: how long the newest save held up training here.
     """
 
     def __init__(self, engine: Any, background: bool, places: bool) -> None:
-        self._engine, self._background, self._places = engine, background, places
+        self._engine, self.background, self._places = engine, background, places
+        self._world = dist.get_world_size()  # a script may end the group before it ends
         self._writer = ThreadPoolExecutor(1, "noflush-saves") if background else None
         self._under_way: _Save | None = None
         self._count, self._number = 0, next(_NUMBERS)
@@ -128,7 +130,7 @@ class Saves:
         if not save.told:
             save.told = True
             self._store.add(key if save.written.result() is None else f"{key}/failed", 1)
-        if self._places and save.failed is None and self._store.add(key, 0) == dist.get_world_size():
+        if self._places and save.failed is None and self._store.add(key, 0) == self._world:
             try:
                 self._place(save)
             except OSError as error:  # `finish` says so, on all ranks
@@ -171,7 +173,7 @@ class Saves:
         write, copy_script = writer.save, engine._copy_recovery_script
 
         def keep(state_dict: Any, path: str) -> Any:
-            if self._background:
+            if self.background:
                 save.files.append((to_host(state_dict), str(path)))
                 return None
             written = write(state_dict, path)
@@ -204,8 +206,10 @@ class Saves:
                 state, path = save.files.popleft()
                 self._engine.checkpoint_engine.save(state, path)
                 _sync(path)
-        except (OSError, RuntimeError) as error:
-            return why_not_written(error, path, save.folder)
+        except Exception as error:  # whatever it is: the others would wait for a rank that raised alone
+            why = why_not_written(error, path, save.folder)
+            logger.error("noflush: %s. The run ends with this error at its next save, or at its end", why)
+            return why
         return None
 
     def _on_placer(self, action: Callable[[], None], path: Path, folder: Path) -> None:
@@ -224,7 +228,7 @@ class Saves:
         save, deadline = self._under_way, time.monotonic() + _AT_THE_END_S
         if save is None or save.written is None:
             return
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(Exception):  # the line below says it
             save.written.result()
             self.poll()
             while self._places and not save.placed and time.monotonic() < deadline:

@@ -103,7 +103,7 @@ class EngineWork:
     def set_random_state(self, state: Any) -> None:
         """As `Work.set_random_state`."""
         set_random_state(state, torch.device(self._engine.device))
-        checkpointing.get_cuda_rng_tracker().set_states(state["tracker"])
+        checkpointing.get_cuda_rng_tracker().set_states(dict(state["tracker"]))  # it writes into what it is given
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -132,3 +132,4 @@ class EngineWork:
         """As `Work.save_stopped`: without what is in flight, which led to where the run ends."""
         self._engine.drain()
         self._engine.save_checkpoint(folder, tag=tag, save_latest=False)
+        self._engine.finish_saves()

@@ -36,6 +36,7 @@ EXPRESSIONS = {
     "optimizer": (
         *("engine.py self.optimizer", "work.py self._engine.optimizer", "assembly.py engine.optimizer"),
         *("update.py optimizer", "weights.py optimizer", "weights.py self.optimizer"),
+        "recut.py engine.optimizer",
     ),
     "scaler": ("update.py optimizer.loss_scaler",),
     "tied": ("seam.py spec", "ties.py spec"),
@@ -66,6 +67,7 @@ FURTHER_IN = {
     "update.py self._update": "ours",
     "in_flight.py engine.pipeline_stage": "ours",
     "in_flight.py engine.pipeline_stage.runner": "ours",
+    "in_flight.py engine.saves": "ours",
     "recut.py engine.pipeline_stage": "ours",
     "recut.py engine.lr_scheduler": "whatever the script has",
     "in_flight.py engine.checkpoint_engine": "one of DeepSpeed's several, made at run time",

@@ -23,14 +23,6 @@ ALIGNED = {"eval_weights": "aligned"}
 ZERO, BF16 = {"zero_optimization": {"stage": 1}}, {"bf16": {"enabled": True}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def cases(stages):
     """name -> (K, block, DeepSpeed's config, optimizer here and there, precision, what happens after call 4)."""
     ours, theirs = (t.NADAMW, t.torch_nadam), (t.ADAMW, t.adamw)
@@ -53,14 +45,7 @@ def loss_of(outputs, labels):
 
 def train(rank, stages, name):
     gas, block, more, (optimizer, _), _, happens = cases(stages)[name]
-    losses, evaluated = [], []
-
-    def loss_fn(outputs, labels):
-        loss = loss_of(outputs, labels)
-        if torch.is_grad_enabled():
-            losses.append(loss.item())
-        return loss
-
+    (loss_fn, losses), evaluated = t.recording(loss_of), []
     engine = t.build(stages, t.ds_config(gas, optimizer, block | ALIGNED, **more), loss_fn=loss_fn)
     stream = iter(t.data(100))
     for call in range(CALLS):

@@ -124,15 +124,6 @@ def trained(stages):
     return run_ranks(train_all, stages, timeout=280, stages=stages)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    # A stage process has one thread; another number of threads sums in another order.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("stages", "name"), [(stages, name) for stages in (2, 4) for name in cases(stages)])
 def test_equals_the_simulator(stages, name):
     gas, block, _, simulation = cases(stages)[name]

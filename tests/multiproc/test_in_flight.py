@@ -10,17 +10,12 @@ import contextlib
 import io
 import itertools
 import logging
-import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing import checkpointing
 from torch import nn
 
-from noflush.demo.gpt import next_token_loss
-from noflush.stage.not_written import NotWrittenError
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 
@@ -34,17 +29,23 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 class Counting(nn.Module):
-    """Dropout, and a buffer that counts the micro-batches that it has seen."""
+    """Dropout, from torch's numbers and from the tracker's, as Megatron's layers; and buffers.
+
+    One counts the micro-batches that it has seen, of the other backward has need, as of a table of angles.
+    """
 
     def __init__(self):
         super().__init__()
         self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("gain", torch.full((1,), 1.25))
         self.dropout = nn.Dropout(0.2)
 
     def forward(self, x):
         if self.training:
             self.seen += 1
-        return self.dropout(x)
+        with checkpointing.get_cuda_rng_tracker().fork("layers"):
+            x = self.dropout(x)
+        return self.dropout(x) * self.gain.to(x.dtype)
 
 
 def with_dropout(gpt=None):
@@ -55,19 +56,25 @@ def build(stages, config, dp=1):
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
-    losses = []
-
-    def loss_fn(outputs, labels):
-        loss = next_token_loss(outputs, labels)
-        if torch.is_grad_enabled():
-            losses.append(loss.item())
-        return loss
-
-    layers = with_dropout()
-    module = PipelineModule(layers, num_stages=stages, loss_fn=loss_fn, partition_method="type:Sequential")
+    loss_fn, losses = t.recording()
+    module = PipelineModule(with_dropout(), num_stages=stages, loss_fn=loss_fn, partition_method="type:Sequential")
     engine, *_ = deepspeed.initialize(model=module, config=config)
+    tracker = checkpointing.get_cuda_rng_tracker()
+    tracker.reset()
+    tracker.add("layers", 500 + engine.stage_id)
     torch.manual_seed(100 + engine.stage_id)  # DeepSpeed saves what a script saves for one replica
     return engine, losses
+
+
+def random_numbers():
+    """What a script saves of them, and restores by `draw_on` after it has loaded."""
+    tracked = checkpointing.get_cuda_rng_tracker().get_states()
+    return {"torch": torch.get_rng_state(), "tracked": {name: state.clone() for name, state in tracked.items()}}
+
+
+def draw_on(saved):
+    torch.set_rng_state(saved["torch"])
+    checkpointing.get_cuda_rng_tracker().set_states(dict(saved["tracked"]))
 
 
 def stream(engine, gas, calls, done=0):
@@ -105,7 +112,7 @@ def undisturbed_and_saved(rank, stages, gas, config, folder, saves, calls=8):
 
         def save(call, engine=engine, do_save=do_save):
             if do_save and call in saves:
-                engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
+                engine.save_checkpoint(folder, client_state={"random": random_numbers()})
 
         found.append(run(engine, losses, stream(engine, gas, calls), range(1, calls + 1), save))
     return found
@@ -117,7 +124,7 @@ def resumed(rank, stages, gas, config, folder, saves, calls=8):
     found = {}
     for at in saves:
         _, client = engine.load_checkpoint(folder, tag=f"global_step{at}")
-        torch.set_rng_state(client["random"])
+        draw_on(client["random"])
         found[at] = run(engine, losses, stream(engine, gas, calls, done=at), range(at + 1, calls + 1))
         engine.train_batch(iter(t.data(gas, seed=77)))  # and has something in flight
     return found
@@ -215,7 +222,7 @@ def save_full(rank, folder, calls=5, tag=None, drained=False, stages=3, gas=1):
     data = stream(engine, gas, calls)
     for _ in range(calls):
         engine.train_batch(data)
-    engine.save_checkpoint(folder, tag=tag)
+    engine.save_checkpoint(folder, tag=tag, client_state={"random": random_numbers()})
     updates = engine.updates
     if drained:
         engine.drain()
@@ -243,6 +250,72 @@ def test_another_schedule_fills_the_pipeline_anew_and_says_so(tmp_path):
     (line,) = loaded[0][1]
     assert "gas 1 is 2 now; the pipeline fills anew, and the micro-batches that were in flight are lost" in line
     assert [lines for _, lines in loaded[1:]] == [[], []]
+
+
+def save_again(rank, folder):
+    """A checkpoint of the run that has just resumed, twice: at once, and a call later, from which the rest follows."""
+    engine, losses = build(4, t.ds_config(1, t.NADAMW, {}, **WARM_UP))
+    _, client = engine.load_checkpoint(folder, tag="global_step5")
+    engine.save_checkpoint(folder, tag="at once", client_state={"random": client["random"]})
+    draw_on(client["random"])
+    data = stream(engine, 1, 8, done=5)
+    engine.train_batch(data)
+    engine.save_checkpoint(folder, tag="later", client_state={"random": random_numbers()})
+    first = run(engine, losses, data, range(7, 9))
+    again, losses = build(4, t.ds_config(1, t.NADAMW, {}, **WARM_UP))
+    _, client = again.load_checkpoint(folder, tag="later")
+    draw_on(client["random"])
+    return first, run(again, losses, stream(again, 1, 8, done=6), range(7, 9))
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other or one != one
+
+
+def test_a_run_that_has_just_resumed_can_be_saved(tmp_path):
+    run_ranks(save_full, 4, folder=str(tmp_path), stages=4)
+    for (losses, returned, _, *states), (losses_again, returned_again, _, *states_again) in run_ranks(
+        save_again, 4, folder=str(tmp_path)
+    ):
+        assert (losses, returned) == (losses_again, returned_again)
+        for mine, theirs in zip(states, states_again, strict=True):
+            assert_same(mine, theirs)
+    for stage in range(4):
+        name = f"in_flight_dp_rank_00_mp_rank_0{stage}.pt"
+        before, after = (torch.load(tmp_path / tag / name, weights_only=False) for tag in ("global_step5", "at once"))
+        assert equal(before, after), stage
+
+
+def load_with_larger_micro_batches(rank, folder):
+    config = t.ds_config(1, t.NADAMW, {}, **WARM_UP) | {"train_micro_batch_size_per_gpu": 4}
+    engine, _ = build(3, config)
+    engine.load_checkpoint(folder)
+    assert engine.pipeline_stage.runner.calls == 0
+    return engine.train_batch(iter(t.data(1, batch=4))).item()
+
+
+def test_micro_batches_of_another_size_fill_the_pipeline_anew(tmp_path):
+    run_ranks(save_full, 3, folder=str(tmp_path))
+    assert run_ranks(load_with_larger_micro_batches, 3, folder=str(tmp_path))[-1] > 0
+
+
+def load_where_a_kill_has_left_it(rank, folder):
+    engine, _ = build(3, t.ds_config(1, t.NADAMW, {}, **WARM_UP))
+    engine.load_checkpoint(folder)
+    return engine.global_steps
+
+
+@pytest.mark.parametrize("behind", [".partial", ".replaced"])
+def test_a_checkpoint_that_was_about_to_be_put_in_place_is_found(behind, tmp_path):
+    run_ranks(save_full, 3, folder=str(tmp_path))
+    (tmp_path / "global_step5").rename(tmp_path / f"global_step5{behind}")
+    assert run_ranks(load_where_a_kill_has_left_it, 3, folder=str(tmp_path)) == [5] * 3
 
 
 def load_here(rank, folder):
@@ -302,14 +375,14 @@ def train_at_a_chosen_depth(rank, folder):
     data = stream(engine, 1, 9)
     engine.pipeline_stage.change_extra(3)  # as if it had been measured
     losses = [engine.train_batch(data).item() for _ in range(6)]
-    engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
+    engine.save_checkpoint(folder, client_state={"random": random_numbers()})
     return losses, [engine.train_batch(data).item() for _ in range(3)]
 
 
 def go_on_at_that_depth(rank, folder):
     engine, _ = build(3, t.ds_config(1, t.NADAMW, {"extra_in_flight": "auto"}))
     _, client = engine.load_checkpoint(folder)
-    torch.set_rng_state(client["random"])
+    draw_on(client["random"])
     data = stream(engine, 1, 9, done=6)
     return engine.schedule.extra_in_flight, [engine.train_batch(data).item() for _ in range(3)]
 
@@ -320,90 +393,3 @@ def test_a_depth_that_was_chosen_is_gone_on_with(tmp_path):
     for (_, losses), (extra, again) in zip(whole, run_ranks(go_on_at_that_depth, 3, folder=str(tmp_path)), strict=True):
         assert extra == 3
         assert [repr(loss) for loss in again] == [repr(loss) for loss in losses]
-
-
-def save_in_the_background(rank, folder, ends_at_once):
-    engine, _ = build(3, t.ds_config(1, MUON, {"async_save": True}, **WARM_UP))
-    written = threading.Event()
-    real = type(engine.checkpoint_engine).save
-
-    def slow(self, state, path):
-        written.wait(60)
-        real(self, state, path)
-
-    type(engine.checkpoint_engine).save = slow
-    try:
-        data = stream(engine, 1, 12)
-        for _ in range(4):
-            engine.train_batch(data)
-            engine.batch_losses()
-        engine.save_checkpoint(folder, client_state={"random": torch.get_rng_state()})
-        for _ in range(3):
-            engine.train_batch(data)  # goes on over the weights that are being written
-        there = sorted(path.name for path in Path(folder).iterdir())
-        written.set()
-        if ends_at_once:
-            engine.finish_saves()
-        else:
-            found = [False] * 3
-            while not all(found):
-                time.sleep(0.05)
-                engine.train_batch(iter(t.data(1)))
-                dist.all_gather_object(found, Path(folder, "latest").exists())
-        dist.barrier()
-        return there, sorted(path.name for path in Path(folder).iterdir())
-    finally:
-        type(engine.checkpoint_engine).save = real
-
-
-@pytest.mark.parametrize(
-    "ends_at_once", [pytest.param(True, marks=pytest.mark.slow), False], ids=["waited for", "while training goes on"]
-)
-def test_a_checkpoint_is_written_while_training_goes_on(tmp_path, ends_at_once):
-    """What is written are the copies: the resumed run is that of a blocking save, in place only when all is written."""
-    config = t.ds_config(1, MUON, {}, **WARM_UP)
-    blocking, background = tmp_path / "blocking", tmp_path / "background"
-    run_ranks(undisturbed_and_saved, 3, stages=3, gas=1, config=config, folder=str(blocking), saves=(4,))
-    found = run_ranks(save_in_the_background, 3, folder=str(background), ends_at_once=ends_at_once)
-    for before, after in found:
-        assert before == ["global_step4.partial"]
-        assert after == ["global_step4", "latest"]
-    ours, theirs = (sorted((folder / "global_step4").iterdir()) for folder in (background, blocking))
-    assert [path.name for path in ours] == [path.name for path in theirs]
-    run = {"stages": 3, "gas": 1, "config": config, "saves": (4,)}
-    rests = [run_ranks(resumed, 3, folder=str(folder), **run) for folder in (background, blocking)]
-    for (mine,), (other,) in zip(*(map(dict.values, rest) for rest in rests), strict=True):
-        assert mine[:3] == other[:3]
-        assert_same(mine[4], other[4])
-
-
-def fill_the_disk(rank, folder, background):
-    engine, _ = build(2, t.ds_config(1, t.NADAMW, {"async_save": background}))
-    engine.train_batch(stream(engine, 1, 1))
-    engine.save_checkpoint(folder, tag="whole")
-    if background:
-        engine.finish_saves()
-    real = type(engine.checkpoint_engine).save
-
-    def full(self, state, path):
-        if "layer_04" in path:  # on the last stage
-            raise OSError(28, "No space left on device", path)
-        real(self, state, path)
-
-    type(engine.checkpoint_engine).save = full
-    try:
-        engine.save_checkpoint(folder, tag="next")
-        engine.finish_saves()
-    except NotWrittenError as error:
-        return str(error), sorted(path.name for path in Path(folder).iterdir()), Path(folder, "latest").read_text()
-    finally:
-        type(engine.checkpoint_engine).save = real
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_a_file_that_cannot_be_written_is_one_error_on_every_rank(tmp_path, background):
-    first, second = run_ranks(fill_the_disk, 2, folder=str(tmp_path), background=background)
-    assert first[0] == second[0]
-    assert "layer_04-model_states.pt could not be written: No space left on device" in first[0]
-    assert "checkpoint whole is whole, and the newest" in first[0]
-    assert (sorted(path.name for path in tmp_path.iterdir()), first[2]) == (["latest", "whole"], "whole")

@@ -92,14 +92,6 @@ def trained(stages, replicas):
     return run_ranks(train_all, stages * replicas, timeout=280, stages=stages, replicas=replicas)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 WHERE = [(2, 1), (4, 1), (2, 2)]
 
 

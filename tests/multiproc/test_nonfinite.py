@@ -93,14 +93,6 @@ def warm_up(optimizer):
     return WarmupLR(optimizer, warmup_max_lr=3e-3, warmup_num_steps=6)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (2, 2)])
 def test_a_skipped_update_loses_nothing_and_training_goes_on(stages, replicas):
     """Only the stage that met the infinity skips; versions, weights, rates and losses are the simulator's."""
@@ -128,9 +120,9 @@ ONE_STAGE_EACH_SIMULATED = {
 }
 
 
-def train_until_stopped(rank, folder, resume):
+def train_until_stopped(rank, folder, resume, background=False):
     spoilt = spoilt_layers({} if resume else {1: tuple(range(4, 99))})
-    block = {"max_skipped_updates": 3}
+    block = {"max_skipped_updates": 3, "async_save": background}
     engine = t.build(4, t.ds_config(1, block=block), make_layers=spoilt)
     data = t.data(40)
     if resume:
@@ -150,8 +142,10 @@ def train_until_stopped(rank, folder, resume):
     return "never stopped"
 
 
-def test_too_many_in_a_row_stop_all_stages_with_a_checkpoint(tmp_path):
-    results = run_ranks(train_until_stopped, 4, expect_errors=True, folder=str(tmp_path), resume=None)
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow, id="in the background")])
+def test_too_many_in_a_row_stop_all_stages_with_a_checkpoint(background, tmp_path):
+    more = {"folder": str(tmp_path), "resume": None, "background": background}
+    results = run_ranks(train_until_stopped, 4, expect_errors=True, **more)
     for kind, message in results:
         assert kind == "NonFiniteGradients"
         assert "stage 1 skipped 3 updates in a row (max_skipped_updates allows 3)" in message

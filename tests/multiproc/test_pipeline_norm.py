@@ -28,14 +28,6 @@ MUON = ("DelayAwareMuon", {"lr": 1e-2, "look_ahead": 0.9})
 LATE = {"clip": "lagged_global"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def layers(stages):
     torch.manual_seed(3)
     return [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)) for _ in range(stages)]

@@ -6,7 +6,6 @@ bit; without it, the delay simulator started from the checkpoint's own state.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 
@@ -19,6 +18,7 @@ from noflush.order.schedule import Schedule
 from noflush.simulate import DelaySimulator
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
+from tests.multiproc.test_nonfinite import allow_fp16
 
 pytestmark = pytest.mark.multiproc
 
@@ -38,6 +38,8 @@ CASES = {
     "bf16, Muon": (MUON, BF16),
     "ZeRO-1": (t.NADAMW, ZERO),
     "ZeRO-1, AdamW of torch's": (t.ADAMW, ZERO),
+    # A scale that grows by then, and never overflows.
+    "fp16": (t.NADAMW, ZERO | {"fp16": {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 2}}),
 }
 
 
@@ -45,7 +47,12 @@ def losses_of(engine, data, calls):
     return [engine.train_batch(data).item() for _ in range(calls)]
 
 
-def save_and_go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES), drained=False):
+def scale_of(engine):
+    return engine.optimizer.loss_scaler.cur_scale if engine.fp16_enabled() else None
+
+
+def save_and_go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
+    allow_fp16()
     found = {}
     for name in names:
         optimizer, more = CASES[name]
@@ -55,14 +62,14 @@ def save_and_go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES),
             iter(t.data(CALLS * gas * replicas)), engine.grid.get_data_parallel_rank(), None, replicas
         )
         before = losses_of(engine, data, SAVED)
-        if drained:
-            engine.drain()
         engine.save_checkpoint(f"{folder}/{name}", client_state={"words": "of the script"})
-        found[name] = before, losses_of(engine, data, CALLS - SAVED), engine.get_lr()
+        scale = scale_of(engine)
+        found[name] = before, losses_of(engine, data, CALLS - SAVED), engine.get_lr(), scale
     return found
 
 
 def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
+    allow_fp16()
     found, said = {}, []
     handler = logging.Handler()
     handler.emit = said.append
@@ -75,12 +82,10 @@ def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
         _, client = engine.load_checkpoint(f"{folder}/{name}")
         assert client["words"] == "of the script"
         assert (engine.global_steps, engine.updates) == (SAVED, SAVED)
-        data = iter(t.data(CALLS * gas * replicas))
+        data, scale = iter(t.data(CALLS * gas * replicas)), scale_of(engine)
         data = itertools.islice(data, SAVED * gas * replicas + engine.grid.get_data_parallel_rank(), None, replicas)
         losses = losses_of(engine, data, CALLS - SAVED)
-        with contextlib.suppress(AttributeError):
-            engine.drain()
-        found[name] = losses, engine.get_lr(), [p.detach().clone() for p in engine.module.parameters()]
+        found[name] = losses, engine.get_lr(), scale
     return found, [record.getMessage() for record in said if record.levelno >= logging.WARNING]
 
 
@@ -89,9 +94,11 @@ def test_other_stages_change_no_number_of_a_run_that_flushes(stages, tmp_path):
     whole = run_ranks(save_and_go_on, 4, timeout=200, folder=str(tmp_path), stages=4)[-1]
     results = run_ranks(go_on, stages, timeout=200, folder=str(tmp_path), stages=stages)
     for name in CASES:
-        losses, rate, _ = results[-1][0][name]
+        losses, rate, scale = results[-1][0][name]
         assert losses == whole[name][1], name
         assert rate[0] == whole[name][2][0], name
+        assert scale == whole[name][3], name
+    assert whole["fp16"][3] > 2**6
     lines = results[0][1]
     assert len(lines) == len(CASES)
     assert f"was written by 4 stages: re-cut by layer for {stages} stages of 1; the pipeline fills anew" in lines[0]
@@ -160,6 +167,42 @@ def test_without_a_flush_it_goes_on_as_the_simulator_does_from_that_state(tmp_pa
     for stage, (_, weights) in enumerate(results):
         for got, want in zip(weights, simulator.parameters(stage).values(), strict=True):
             assert torch.equal(got, want)
+
+
+BF16_RUN = {"gas": 2, "optimizer": {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3}}, "block": {}, **BF16}
+
+
+def save_bf16(rank, folder):
+    engine = t.build(4, t.ds_config(**BF16_RUN))
+    losses_of(engine, iter(t.data(2 * SAVED)), SAVED)
+    engine.save_checkpoint(folder)
+
+
+def weights_alone(rank, folder):
+    """Weights as they are just loaded, and after an update whose rate is 0."""
+    engine = t.build(2, t.ds_config(**BF16_RUN))
+    engine.load_checkpoint(folder, load_module_only=True)
+    loaded = [p.detach().clone() for p in engine.module.parameters()]
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    losses_of(engine, iter(t.data(2)), 1)
+    engine.drain()
+    return loaded, [p.detach().clone() for p in engine.module.parameters()], engine.updates
+
+
+def test_weights_alone_reach_the_masters_of_other_stages(tmp_path):
+    """An update of rate 0 leaves the weights that were loaded: it would write what the masters were before."""
+    run_ranks(save_bf16, 4, folder=str(tmp_path))
+    results = run_ranks(weights_alone, 2, folder=str(tmp_path))
+    folder = tmp_path / f"global_step{SAVED}"
+    layers = [torch.load(path, weights_only=False) for path in sorted(folder.glob("layer_*"))]
+    saved = [value for layer in layers for value in layer.values()]
+    found = [p for result in results for p in result[0]]
+    assert len(saved) == len(found)
+    for loaded, after, updates in results:
+        assert updates == 1
+        assert all(torch.equal(a, b) for a, b in zip(loaded, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, saved, strict=True))
 
 
 def refused(rank, folder, name, stages):

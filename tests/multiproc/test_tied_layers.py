@@ -62,14 +62,7 @@ def build(stages, config):
         nn.LayerNorm(GPT["width"]),
         Tied("embed", Words, *sizes, forward_fn=as_head, **tied),
     ]
-    losses = []
-
-    def loss_fn(outputs, labels):
-        loss = next_token_loss(outputs, labels)
-        if torch.is_grad_enabled():
-            losses.append(loss.item())
-        return loss
-
+    loss_fn, losses = t.recording()
     module = PipelineModule(layers=specs, num_stages=stages, loss_fn=loss_fn, partition_method="uniform")
     assert module.parts == PARTS[stages]
     engine, *_ = deepspeed.initialize(model=module, config=config)

@@ -56,14 +56,6 @@ def trained(stages):
     return run_ranks(train_all, stages, timeout=280, stages=stages)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @functools.cache
 def simulated(stages, name):
     gas, wire, block, _, drains = cases()[name]

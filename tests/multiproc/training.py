@@ -41,6 +41,19 @@ def ds_config(gas, optimizer=NADAMW, block=None, **more):
     return config
 
 
+def recording(loss_of=next_token_loss):
+    """``loss_of`` as a loss function, and the list that takes what it gives in training, micro-batch by micro-batch."""
+    losses = []
+
+    def loss_fn(outputs, labels):
+        loss = loss_of(outputs, labels)
+        if torch.is_grad_enabled():
+            losses.append(loss.item())
+        return loss
+
+    return loss_fn, losses
+
+
 def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=layers, groups=None, **module_kwargs):
     """A pipeline engine over the test GPT: as many blocks a stage, embedding first, head last.
 
@@ -61,14 +74,7 @@ def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=l
 
 def train(rank, stages, gas, calls, config, gpt=None, between=None, drain=True, seed=1, **build_kwargs):
     """Trains ``calls`` calls; returns losses seen by loss_fn (last stage) and final weights by layer name."""
-    losses = []
-
-    def loss_fn(outputs, labels):
-        loss = next_token_loss(outputs, labels)
-        if torch.is_grad_enabled():
-            losses.append(loss.detach().clone())
-        return loss
-
+    loss_fn, losses = recording()
     engine = build(stages, config, gpt=gpt, loss_fn=loss_fn, **build_kwargs)
     replica = engine.grid.get_data_parallel_rank()
     stream = itertools.islice(data(calls * gas, gpt=gpt, seed=seed + 100 * replica), None)
@@ -81,7 +87,7 @@ def train(rank, stages, gas, calls, config, gpt=None, between=None, drain=True, 
         engine.drain()
     weights = [p.detach().clone() for p in engine.module.parameters()]
     return {
-        "losses": [loss.item() for loss in losses],
+        "losses": losses,
         "weights": weights,
         "returned": returned,
         "global_steps": engine.global_steps,

@@ -131,6 +131,14 @@ def newest_complete(folder: str | Path) -> str | None:
     raise CheckpointError(f"{path} names {tag}, which is missing, {_fix(folder, checkpoints_in(folder))}")
 
 
+def named_by_latest(folder: str | Path) -> str | None:
+    """The folder's name of the checkpoint that ``latest`` names, wherever a kill has left it; None without ``latest``.
+
+    Raises CheckpointError if it cannot be found.
+    """
+    return newest_complete(folder) if (Path(folder) / LATEST).is_file() else None
+
+
 def is_tag(word: str) -> bool:
     """Whether ``word`` is the plain name of a folder, and leads nowhere else."""
     return word.isprintable() and word not in ("", ".", "..") and not {"/", os.sep} & set(word)

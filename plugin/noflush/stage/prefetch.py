@@ -69,6 +69,11 @@ class Prefetch:
         return _map(lambda part: self._reads_on(stream, part), value)
 
 
+def copied(value: Any) -> Any:
+    """``value`` with copies, where they are, of all tensors in it: whoever made it may fill it anew."""
+    return value.clone() if isinstance(value, Tensor) else _map(copied, value)
+
+
 def _map(function: Any, value: Any) -> Any:
     """``value`` with ``function`` applied to what is inside it; what is no container stays."""
     if isinstance(value, dict):

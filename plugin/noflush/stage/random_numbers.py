@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 
 class Draws(Protocol):
@@ -46,6 +47,7 @@ def undisturbed(module: nn.Module, draws: Draws) -> Iterator[None]:
     finally:
         module.train(training)
         draws.set_random_state(state)
-        with torch.no_grad():
+        # Graphs that were made within may hold a buffer, which must not count as written to.
+        with torch.no_grad(), _unsafe_preserve_version_counter(tuple(buffer for buffer, _ in buffers)):
             for buffer, was in buffers:
                 buffer.copy_(was)

@@ -67,10 +67,14 @@ def depth_of(snapshot: dict[str, Any]) -> int:
     return extra
 
 
-def take(stage: Stage) -> dict[str, Any]:
-    """The snapshot of ``stage``, in host memory: plain values, tensors, and micro-batches as the script gave them.
+def take(stage: Stage, with_versions: bool = True) -> dict[str, Any]:
+    """The snapshot of ``stage``: plain values, tensors, and micro-batches as the script gave them.
 
-    Waits for the device, and for no other stage.
+    Its tensors are the stage's own, good until the next call: `to_host` copies them. Waits for the device, and for no
+    other stage.
+
+    Args:
+        with_versions: False leaves the weight versions out, which another replica's snapshot has.
     """
     schedule, runner = stage.schedule, stage.runner
     following = runner.first_version + schedule.version(stage.stage, runner.calls * schedule.gas)
@@ -78,21 +82,19 @@ def take(stage: Stage) -> dict[str, Any]:
     if schedule.aligned:
         also |= {*range(runner.first_version + schedule.aligned_version(runner.calls), stage.ring.newest)}
     runs_again = in_flight(schedule, stage.stage, runner.calls)
-    found: dict[str, Any] = to_host(
-        {
-            "format": FORMAT,
-            "settings": _settings(stage),
-            "replicas": stage.ranks.replicas,
-            "ring": stage.ring.snapshot(also, with_newest=stage.update.looks_ahead),
-            "position": runner.position(),
-            "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
-            "sent": [_without_request(stage, message) for message in sent_and_not_taken(runner)],
-            "sums": stage.update.sums() if runs_again.start % schedule.gas else None,
-            "tied": stage.tied.snapshot(),
-            "told": _told(stage),
-        }
-    )
-    return found
+    ring = stage.ring.snapshot(also, with_newest=stage.update.looks_ahead)
+    return {
+        "format": FORMAT,
+        "settings": _settings(stage),
+        "replicas": stage.ranks.replicas,
+        "ring": ring if with_versions else {**ring, "versions": {}},
+        "position": runner.position(),
+        "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
+        "sent": [_without_request(stage, message) for message in sent_and_not_taken(runner)],
+        "sums": stage.update.sums() if runs_again.start % schedule.gas else None,
+        "tied": stage.tied.snapshot(),
+        "told": _told(stage),
+    }
 
 
 def to_host(value: Any, known: dict[int, Tensor] | None = None) -> Any:

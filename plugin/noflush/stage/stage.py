@@ -40,7 +40,7 @@ from noflush.stage.messages import BatchReports, Payload, ReportLayout, StageFig
 from noflush.stage.payloads import check_batch
 from noflush.stage.peer_watch import PeerWatch
 from noflush.stage.pipeline_norm import PipelineNorm
-from noflush.stage.prefetch import Prefetch
+from noflush.stage.prefetch import Prefetch, copied
 from noflush.stage.ranks import Ranks
 from noflush.stage.runner import StageRunner
 from noflush.stage.skips import UpdateGuard
@@ -290,7 +290,7 @@ class Stage:
             batch = self.intake.next()
             check_batch(batch, self.stage, self.schedule.stages)
         if self.forwards.maxlen:
-            self.forwards.append((micro_batch, {"random": self.work.random_state(), "batch": batch}))
+            self.forwards.append((micro_batch, {"random": self.work.random_state(), "batch": copied(batch)}))
         return self.work.forward(buffer, received, batch)
 
     def run_backward(self, buffer: int, gradients: list[Tensor] | None) -> None:

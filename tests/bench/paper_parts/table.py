@@ -90,7 +90,7 @@ def notes(rows: Sequence[Row], iterations: int, seconds: float | None, place: st
         f"{place}; batch, data, samples and evaluations are the same for all; validation loss in nats, on samples that "
         "change from one evaluation to the next",
         "tokens/s and bubble: medians over the log lines of training; evaluation, starts and checkpoints are not in "
-        "them. Every slice ends with a drain, so that the delay begins anew; evaluations drain nothing",
+        "them. Slices go on with what was in flight, but for weights 'latest', which drain; evaluations drain nothing",
     ]
     if seconds is not None:
         lines.append(
