@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ def save(
     ``latest`` and what it names are as before then.
     """
     assert settings.save is not None
-    stands_at = dataclasses.replace(position)
+    stands_at = copy.deepcopy(position)  # in the background it is written when training is further
 
     def finish(partial: Path) -> None:
         write_model(partial, model)

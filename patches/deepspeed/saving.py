@@ -127,10 +127,14 @@ class Saves:
         if save is None or save.placed or save.written is None or not save.written.done():
             return
         key = f"noflush/saves/{self._number}/{save.number}"
-        if not save.told:
-            save.told = True
-            self._store.add(key if save.written.result() is None else f"{key}/failed", 1)
-        if self._places and save.failed is None and self._store.add(key, 0) == self._world:
+        try:
+            if not save.told:
+                save.told = True
+                self._store.add(key if save.written.result() is None else f"{key}/failed", 1)
+            whole = self._places and save.failed is None and self._store.add(key, 0) == self._world
+        except dist.DistNetworkError:  # whoever held the store is dead, which the next message of a neighbour's shows
+            return
+        if whole:
             try:
                 self._place(save)
             except OSError as error:  # `finish` says so, on all ranks

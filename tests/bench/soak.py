@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -101,8 +102,8 @@ def run_to(folder, name, more, kill_at=None, pause=0.0):
 def newest_line(run):
     with open(run.logs[-1], "rb") as log:
         log.seek(max(0, log.seek(0, 2) - 4000))
-        lines = [line for line in log.read().decode(errors="replace").split("\n") if line.startswith(" iteration")]
-    return int(lines[-1].split()[1].split("/")[0]) if lines else 0
+        lines = re.findall(r"iteration +(\d+)/.*lm loss", log.read().decode(errors="replace"))
+    return int(lines[-1]) if lines else 0
 
 
 def main(args):
@@ -129,6 +130,7 @@ def main(args):
             if kill_at is None:
                 assert codes == [0] * STAGES, codes
             else:
+                assert codes != [0] * STAGES, f"nothing was killed at iteration {kill_at}"
                 kills.append([max(found), victim])
         result = vars(args) | {
             "stages": STAGES,

@@ -15,15 +15,17 @@ pytestmark = [pytest.mark.multiproc, pytest.mark.timeout(280)]
 
 
 @pytest.mark.parametrize(
-    ("stages", "more"),
-    [(4, "--global-batch-size 4"), pytest.param(2, "--bf16", marks=pytest.mark.slow)],
-    ids=["P4-K2-tied", "P2-bf16-tied"],
+    ("stages", "more", "how"),
+    [(4, "--global-batch-size 4", "--async-save"), pytest.param(2, "--bf16", "", marks=pytest.mark.slow)],
+    ids=["P4-K2-tied-async", "P2-bf16-tied"],
 )
-def test_a_run_that_is_stopped_and_goes_on_has_the_losses_of_one_that_is_left_alone(stages, more, tmp_path):
+def test_a_run_that_is_stopped_and_goes_on_has_the_losses_of_one_that_is_left_alone(stages, more, how, tmp_path):
     common = f"--train-iters 12 {more} --make-vocab-size-divisible-by 1"
     alone, _ = finish(launched(tmp_path, stages, common), stages, tmp_path, "alone")
     assert sorted(alone) == list(range(1, 13))
-    saves = f"{common} --save {tmp_path}/save --save-interval 5 --eval-interval 3 --eval-iters 2 --exit-interval 7"
+    saves = (
+        f"{common} {how} --save {tmp_path}/save --save-interval 5 --eval-interval 3 --eval-iters 2 --exit-interval 7"
+    )
     losses, stopped = finish(launched(tmp_path, stages, saves), stages, tmp_path, "stopped")
     assert losses == {n: alone[n] for n in range(1, 8)}
     assert newest_complete(tmp_path / "save") == "global_step7"
