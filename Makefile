@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 # Two files at a time, in order: tests of many ranks wait a good part of their time, and the long files come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup lint demo test test-all test-slurm test-hosts faults check bench bench-gpu soak paper format clean
+.PHONY: setup lint demo demo-replicas test test-all test-slurm test-hosts faults check bench bench-gpu soak paper format clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ $(READY): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/compare.py $(if $(TEXT),--text $(TEXT))
+
+# Two groups of two stages that average their weights; one is killed and started again. Two minutes on two cores.
+demo-replicas: setup
+	$(BIN)/python examples/groups.py $(if $(TEXT),--text $(TEXT))
 
 test: setup
 	@echo "== tests, two files at a time; the first dots follow once torch, DeepSpeed and Megatron are imported (half a minute)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from noflush.launch.data.order import SampleOrder
 from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import leave_to_parent
 
@@ -70,7 +69,7 @@ class MicroBatches(Iterator[MicroBatch]):
     `next` raises RefusedError for token ids outside the vocabulary, SampleError for what else cannot be read.
     """
 
-    def __init__(self, dataset: Any, order: SampleOrder, workers: int) -> None:
+    def __init__(self, dataset: Any, order: Iterable[list[int]], workers: int) -> None:
         loader = DataLoader(
             _Samples(dataset),
             batch_sampler=order,

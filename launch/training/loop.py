@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import BatchSampler
 
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.rampup import batch_size_at
@@ -111,7 +112,8 @@ class Training:
 
     def _train_on(self) -> str | None:
         steps, position = self.settings.steps, self.position
-        data = self._stream(self._train, position.consumed)
+        self._join_groups()
+        data = self._stream(self._train, position.consumed, of_group=True)
         self._log_start()
         reason = None
         while not self._done():
@@ -142,10 +144,27 @@ class Training:
         """Says the log lines that would otherwise be said in the next iteration."""
         self._lines.say(before=self.position.iteration + 1)
 
-    def _stream(self, dataset: Any, consumed: int) -> MicroBatches | None:
+    def _join_groups(self) -> None:
+        """Where this pipeline is one group of several: joins them, and goes on from where its peer stands."""
+        group = getattr(self.engine, "group", None)
+        if group is None:
+            return
+        try:
+            group.join()
+        except (ConnectionError, ValueError) as error:
+            raise RefusedError(str(error)) from None
+        while self.position.iteration < self.engine.global_steps:
+            self.position.advance(batch_size_at(self.settings.batch, self.position.consumed))
+
+    def _stream(self, dataset: Any, consumed: int, of_group: bool = False) -> MicroBatches | None:
+        """Micro-batches of ``dataset``; ``of_group``: of the order that all groups share, where there are any."""
         if dataset is None:
             return None
         settings, grid = self.settings, self.engine.grid
+        if of_group and getattr(self.engine, "group", None) is not None:
+            seed = settings.steps.seed if settings.data.order == "cyclic" else None
+            shared = BatchSampler(self.engine.group_samples(len(dataset), seed), settings.batch.micro, drop_last=True)
+            return self._streams.enter_context(contextlib.closing(MicroBatches(dataset, shared, settings.data.workers)))
         order = SampleOrder(
             len(dataset),
             consumed,

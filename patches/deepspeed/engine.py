@@ -25,6 +25,7 @@ from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
 from noflush.patches.deepspeed.assembly import make_stage
 from noflush.patches.deepspeed.checkpoints import Checkpoints
+from noflush.patches.deepspeed.groups import Group
 from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
 from noflush.stage.late_reader import LateReader
@@ -94,6 +95,7 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
         self._nf_stage, updated_by = make_stage(self, block, schedule, self._nf_slices(), 1 + len(self.loss_names))
         self.agg_train_loss = self._nf_stage.loss
         places = self.local_rank if self.use_node_local_storage() else self.global_rank
+        self._nf_group = Group(self, block.groups) if block.groups is not None else None
         self.saves = Saves(self, block.async_save, places == 0)
         if block.trace_dir:
             atexit.register(self._nf_stage.recorder.write)
@@ -203,6 +205,8 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
             raise RuntimeError("train_batch() requires gradients enabled. Use eval_batch() instead.")
         if data_iter is not None:
             self.set_dataiterator(data_iter)
+        if self._nf_group is not None:
+            self._nf_group.join()
         stage = self._nf_stage
         if stage.calls != self.global_steps:
             # The script has set global_steps itself, as Megatron-DeepSpeed's --finetune does after loading.
@@ -221,6 +225,27 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
             self._step_applied = self._nf_updated
             self._nf_after_call()
             return self.agg_train_loss.clone()
+
+    @property
+    def group(self) -> Group | None:
+        """This pipeline as one group of several; None without ``replicas`` in the block."""
+        return self._nf_group
+
+    def group_samples(self, count: int, seed: int | None = 1234) -> Any:
+        """A sampler of the samples that this group trains on, of an order that all groups share. On all ranks.
+
+        For a `DataLoader` of micro-batches, ``DataLoader(data, batch_size=micro-batch, sampler=...)``, on the first
+        and last stages. Joins the other groups first, if that is still to be done.
+
+        Args:
+            count: samples of the data set.
+            seed: of each epoch's shuffling, the same at all groups; None: no shuffling.
+
+        Raises RuntimeError without ``replicas`` in the block; else as `Group.join`.
+        """
+        if self._nf_group is None:
+            raise RuntimeError("group_samples() needs async_pipeline.replicas in the DeepSpeed config")
+        return self._nf_group.samples(count, seed)
 
     def drain(self) -> None:
         """Finishes every micro-batch in flight. Collective: call it on all ranks.

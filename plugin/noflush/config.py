@@ -13,11 +13,13 @@ from typing import Any, Literal
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from noflush.block_errors import faults_of_error
 from noflush.methods.table import METHODS
 from noflush.order.clipping import ClipName
 from noflush.order.policies import PolicyName
 from noflush.order.schedule import MOST_IN_FLIGHT, ScheduleName
 from noflush.order.wire_format import Wire
+from noflush.replicas.settings import ReplicasConfig, faults_of_replicas
 
 BLOCK = "async_pipeline"
 
@@ -91,8 +93,17 @@ class AsyncPipelineConfig:
     """Whether `save_checkpoint` returns once all has been copied into host memory, and a thread writes it while
     training goes on. Else it returns when all is on the disk."""
 
+    replicas: dict[str, Any] | None = None
+    """Groups of pipelines that average their weights while they train, and may come and go, as
+    ``{"lighthouse": "host:port", ...}`` (`ReplicasConfig`); None: this pipeline is alone."""
+
     stop_dir: str | None = None
     """Folder of that checkpoint; None: where the run saved last, else ``noflush_stopped`` in the working directory."""
+
+    @property
+    def groups(self) -> ReplicasConfig | None:
+        """``replicas``, read."""
+        return None if self.replicas is None else ReplicasConfig(**self.replicas)
 
     @property
     def extra_at_start(self) -> int:
@@ -128,8 +139,7 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
     try:
         config = AsyncPipelineConfig(**{str(key): value for key, value in block.items()})
     except ValidationError as error:
-        found = [_explain(dict(block), e["loc"], e["type"], e["msg"]) for e in error.errors()]
-        faults += [f"{where}: {', or '.join(rules)}" for where, rules in _by_key(found).items()]
+        faults += faults_of_error(error, block, BLOCK, [f.name for f in fields(AsyncPipelineConfig)], _LATER)
         wrong = {str(e["loc"][0]) for e in error.errors() if e["loc"]}
         # The other keys may be out of range all the same: every fault is told at once.
         rest = {str(key): value for key, value in block.items() if str(key) not in wrong}
@@ -142,28 +152,6 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
 _LATER = {
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
 }
-
-
-def _by_key(found: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """A key that may be of several types has a rule for each."""
-    rules: dict[str, list[str]] = {}
-    for where, rule in found:
-        rules.setdefault(where, []).append(rule)
-    return rules
-
-
-def _explain(block: dict[str, Any], location: tuple[int | str, ...], kind: str, message: str) -> tuple[str, str]:
-    """What is wrong with a key, and its rule."""
-    key = str(location[0]) if location else "?"
-    known = [f.name for f in fields(AsyncPipelineConfig)]
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-        return f"{BLOCK}.{key} is not a key", hint
-    value = block.get(key)
-    later = _LATER.get((key, value)) if isinstance(value, str) else None
-    rule = later or message[0].lower() + message[1:]
-    return f"{BLOCK}.{key} is {value!r}", rule
 
 
 _RANGES = {
@@ -183,6 +171,8 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
         Wire.read(config.wire)
     except ValueError as error:
         faults.append(f"{BLOCK}.wire is {config.wire!r}: {error}")
+    if config.replicas is not None:
+        faults += faults_of_replicas(config.replicas, f"{BLOCK}.replicas")
     rule = config.optimizer
     if rule is not None and (rule.get("type") not in METHODS or not isinstance(rule.get("params", {}), Mapping)):
         faults.append(

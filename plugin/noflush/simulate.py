@@ -8,6 +8,7 @@ does to the numbers. It is also a tool: the price of staleness at any P, before 
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -146,6 +147,39 @@ class _Stage:
             now, a = self.masters[name], ahead.get(id(self.masters[name]), 0.0)
             p.copy_(now + (now - before[name]) * a if a else now)
 
+    def in_order(self) -> list[Tensor]:
+        """The true weights in the order of the optimizer's groups."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def shift(self, start: int, change: Tensor) -> None:
+        """Adds ``change`` to the true weights from number ``start`` of them on; what forwards use follows."""
+        used = {id(master): self.params[name] for name, master in self.masters.items()}
+        passed = 0
+        for master in self.in_order():
+            low, high = max(start, passed), min(start + change.numel(), passed + master.numel())
+            if low < high:
+                part, within = change[low - start : high - start], slice(low - passed, high - passed)
+                ahead = isinstance(self.optimizer, DelayAwareOptimizer) and self.optimizer.looks_ahead
+                master.view(-1)[within].add_(part)
+                published = used[id(master)].data.view(-1)[within]
+                if ahead:
+                    published.add_(part)
+                else:
+                    published.copy_(master.view(-1)[within])
+            passed += master.numel()
+
+    @torch.no_grad()
+    def put(self, updates: int, state: tuple[list[Tensor], dict[str, Any]]) -> None:
+        """Goes on from another's true weights and optimizer state, as after ``updates`` updates."""
+        for master, value in zip(self.in_order(), state[0], strict=True):
+            master.copy_(value)
+        self.optimizer.load_state_dict(state[1])
+        self.publish()
+        self.newest = updates
+        self.history.clear()
+        self.remember()
+
     @torch.no_grad()
     def publish(self) -> None:
         """Forwards get the true weights."""
@@ -176,7 +210,8 @@ class DelaySimulator:
             alone, whose backward then sees live weights throughout, not live weights and old activations.
 
     A stage whose gradients are not finite skips that update, and counts it in ``skipped``. ``norms`` are those of all
-    stages' gradients together, unscaled and before clipping, by batch since the newest drain.
+    stages' gradients together, unscaled and before clipping, by batch since the newest drain. ``after_update`` is
+    called with stage and update when an update is made, before any forward uses it.
 
     Raises:
         ValueError: the schedule has another number of stages.
@@ -201,6 +236,7 @@ class DelaySimulator:
         if len(stages) != schedule.stages:
             raise ValueError(f"{len(stages)} stage modules for a schedule of {schedule.stages} stages")
         self.schedule = schedule
+        self.after_update: Callable[[int, int], None] = lambda stage, update: None
         self.micro_batches = 0
         self.skipped: list[tuple[int, int]] = []
         self._loss_fn = loss_fn
@@ -340,6 +376,7 @@ class DelaySimulator:
                     stage.clip(self._clip, self._norm_to_clip_by(norms[s]))
                 stage.step()
             stage.newest += 1
+            self.after_update(s, stage.newest)
             stage.remember()
             if self._lr:
                 self._lr[s].step()
@@ -352,6 +389,33 @@ class DelaySimulator:
         at_once = self._clip_by == "global" or self.schedule.flushes
         whole = newest_finite(self.norms, batch if at_once else known_batch(self.schedule, batch))
         return own if whole is None else own.clamp(min=whole)
+
+    @property
+    def updates(self) -> int:
+        """Updates that every stage has made."""
+        return self._stages[0].newest
+
+    def true_flat(self, stage: int) -> Tensor:
+        """A stage's true weights in a row, in the order of its optimizer's groups: float32, a copy."""
+        return torch.cat([p.detach().reshape(-1) for p in self._stages[stage].in_order()])
+
+    def shift(self, stage: int, start: int, change: Tensor) -> None:
+        """Adds ``change`` to a stage's true weights from number ``start`` of `true_flat` on; forwards use the sum."""
+        self._stages[stage].shift(start, change)
+
+    def step_schedule(self, stage: int, steps: int) -> None:
+        """A stage's learning-rate schedule goes on by ``steps`` more than its updates."""
+        for _ in range(steps if self._lr else 0):
+            self._lr[stage].step()
+
+    def state_of(self, stage: int) -> tuple[list[Tensor], dict[str, Any]]:
+        """A stage's true weights and its optimizer's state; copies."""
+        of = self._stages[stage]
+        return [p.detach().clone() for p in of.in_order()], copy.deepcopy(of.optimizer.state_dict())
+
+    def put_state(self, stage: int, updates: int, state: tuple[list[Tensor], dict[str, Any]]) -> None:
+        """Has a stage go on from `state_of` another run's, as after ``updates`` updates; nothing may be in flight."""
+        self._stages[stage].put(updates, state)
 
     def drain(self) -> None:
         """What a drain does to the numbers: the next micro-batch sees every stage's newest, true weights."""

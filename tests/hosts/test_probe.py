@@ -15,11 +15,12 @@ EXPRESSIONS = {
     "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine",
                "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine",
                "checkpoints.py self", "checkpoints.py super()", "checkpoints.py super(Checkpoints, self)",
+               "groups.py engine", "groups.py self._engine",
                "in_flight.py engine", "recut.py engine", "saving.py engine", "saving.py self._engine"),
     "grid": (
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
         *("assembly.py engine.grid", "assembly.py engine.mpu", "work.py self._engine.mpu"),
-        *("in_flight.py engine.grid", "recut.py engine.grid"),
+        *("in_flight.py engine.grid", "recut.py engine.grid", "groups.py engine.grid"),
     ),
     "topology": ("assembly.py engine.grid._topo",),
     "module": (
@@ -66,6 +67,9 @@ FURTHER_IN = {
     "work.py self._engine._config.bfloat16_config": "pydantic fields, read as they are",
     "update.py self._update": "ours",
     "in_flight.py engine.pipeline_stage": "ours",
+    "groups.py engine.pipeline_stage": "ours",
+    "groups.py engine.pipeline_stage.work": "ours",
+    "groups.py self._config": "the block's",
     "in_flight.py engine.pipeline_stage.runner": "ours",
     "in_flight.py engine.saves": "ours",
     "recut.py engine.pipeline_stage": "ours",

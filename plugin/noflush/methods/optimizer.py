@@ -337,6 +337,10 @@ class DelayAwareOptimizer(Optimizer):
         for w, t, flat in zip(weights, into, self._flat, strict=True):
             t.copy_(w if flat.true is None else flat.true)
 
+    def true_flats(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The flat tensors that hold the true weights, in the order of `flatten`; ``weights`` as `step_flat` takes."""
+        return [w if flat.true is None else flat.true for w, flat in zip(weights, self._flat, strict=True)]
+
     def keep_true(self, weights: Sequence[Tensor]) -> None:
         """The true weights are ``weights``, and what forwards use will be put in their place: the inverse of `land`."""
         for w, flat in zip(weights, self._flat, strict=True):

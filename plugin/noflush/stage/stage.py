@@ -83,6 +83,7 @@ class Stage:
         stop_requested: whether some rank asked for the run to stop: true on every rank from the same call on.
         depth: what `measure_depth` last chose, and by which figures; None before.
         heard: of the run's batches.
+        after_update: called after every update, before any micro-batch uses the new version.
         forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
             "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
     """
@@ -110,6 +111,7 @@ class Stage:
         self.stop_requested = False
         self.heard = Heard()
         self.forwards: deque[Forward] = self._room_for_forwards()
+        self.after_update: Callable[[], None] = lambda: None
         self._scale: Tensor | float | None = None
         self.scale_owner: TravellingScale | None = None
         layout = ReportLayout(options.losses, schedule.stages)
@@ -311,6 +313,7 @@ class Stage:
         if not self.options.late_norm or self.schedule.stages == 1:
             whole = 0.0
         outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale, whole)
+        self.after_update()
         self.norm.note(outcome.norm)
         self.guard.skips.note(self.calls, self.ring.newest, outcome)
         self._scale = None

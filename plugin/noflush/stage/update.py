@@ -87,6 +87,9 @@ class FusedUpdate:
         max_norm: the stage's gradients are clipped to so much; 0 clips nothing.
         wire: dtype of the gradient reduction between replicas.
         predivide: what gradients are divided by before that reduction; the rest of the mean is taken after it.
+
+    Attributes:
+        over_groups: makes flat gradients, before an update, the mean over other groups' too.
     """
 
     gives_sums = True
@@ -100,6 +103,7 @@ class FusedUpdate:
         self.wire = wire
         self._replicas = 1 if weights.replicas is None else dist.get_world_size(weights.replicas)
         self._predivide = predivide
+        self.over_groups: Callable[[list[Tensor]], None] = lambda gradients: None
         self._first = True
         weights.take_over()
         self._rule.flatten(weights.flat_groups(), kernel)
@@ -122,6 +126,7 @@ class FusedUpdate:
                 torch._foreach_div_(gradients, self._predivide)
             gradients = reduce_gradients(gradients, self._shards, weights.replicas, self.wire)
             scale = scale * (self._replicas / self._predivide)
+        self.over_groups(gradients)
         norm = self._norm(gradients, ring.device)
         following = ring.begin_update()
         outcome = self._rule.step_flat(

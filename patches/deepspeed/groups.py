@@ -1,0 +1,158 @@
+"""An engine as one group of several: finds the others, joins them, and has its stage's weights averaged."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from noflush.config import ConfigError
+from noflush.order.shared_order import SharedOrder
+from noflush.replicas.settings import ReplicasConfig
+from noflush.stage.update import FusedUpdate
+
+if TYPE_CHECKING:
+    from noflush.replicas.averager import Averager
+    from noflush.replicas.samples import GroupSamples
+
+
+class Group:
+    """This engine's part in the averaging over groups.
+
+    Args:
+        engine: a `NoFlushEngine`, whose stage is there.
+        config: the block's ``replicas``.
+
+    Raises:
+        ConfigError: torchft is missing, or the group is more than one pipeline.
+        ConnectionError: there is no lighthouse.
+
+    Attributes:
+        key: of this group, which no other has.
+        averager: the stage's, once joined.
+        order: the data order, at the first stage.
+        joined: whether it has joined the others.
+    """
+
+    def __init__(self, engine: Any, config: ReplicasConfig) -> None:
+        self._engine, self._config = engine, config
+        self.joined = False
+        faults = _faults(engine, config)
+        if faults:
+            raise ConfigError(faults)
+        number = os.environ.get("SLURM_ARRAY_TASK_ID", str(os.getpid()))
+        name = config.name or f"group {number}"
+        self.key: str = engine.pipeline_stage.tell_all(f"{name}/{os.urandom(6).hex()}")[0]
+        self.order = SharedOrder(self.key) if engine.is_first_stage() else None
+        self._check_lighthouse()
+        self._store = self._make_store()
+        self.averager = self._make_averager()
+        atexit.register(self.averager.close)
+
+    def _check_lighthouse(self) -> None:
+        """All ranks hear of it; else one would raise, and the others wait for it."""
+        stage, why = self._engine.pipeline_stage, ""
+        if stage.stage == 0:
+            host, _, port = self._config.lighthouse.rpartition("://")[2].rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=min(10.0, self._config.timeout_s)).close()
+            except OSError as error:
+                why = str(error)
+        why = stage.tell_all(why)[0]
+        if why:
+            raise ConnectionError(
+                f"no lighthouse at {self._config.lighthouse} (async_pipeline.replicas.lighthouse): {why}; start "
+                "torchft_lighthouse there, at an address that this host reaches"
+            )
+
+    def _make_store(self) -> Any:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        stage, bind = self._engine.pipeline_stage, os.path.expandvars(self._config.bind)
+        own = TCPStore(bind, 0, is_master=True, wait_for_workers=False) if stage.stage == 0 else None
+        host, port = stage.tell_all((bind, own.port if own is not None else 0))[0]
+        return own or TCPStore(host, port, is_master=False, wait_for_workers=False)
+
+    def _make_averager(self) -> Averager:
+        from noflush.replicas.averager import Averager
+        from noflush.replicas.rounds import Rounds
+
+        engine, config, stage = self._engine, self._config, self._engine.pipeline_stage
+        return Averager(
+            stage,
+            config,
+            self.key,
+            engine.train_batch_size(),
+            lambda: engine.lr_scheduler,
+            lambda: engine.step_schedule() if engine.lr_scheduler is not None else None,
+            self.order,
+            lambda slice_length: Rounds(
+                (self._store.host, self._store.port),
+                config.lighthouse,
+                os.path.expandvars(config.bind),
+                stage.stage,
+                engine.num_stages,
+                self.key.rpartition("/")[0],
+                config.timeout_s,
+                config.min_groups,
+                slice_length,
+            ),
+        )
+
+    def join(self) -> None:
+        """Joins the others, and takes a living peer's state over if there is one; on all ranks, before training.
+
+        Raises ConnectionError where they cannot be reached, ValueError if they train another model.
+        """
+        if self.joined:
+            return
+        engine, stage = self._engine, self._engine.pipeline_stage
+        if stage.runner.calls:
+            engine.drain()
+        found = self.averager.join()
+        told = stage.tell_all(None if found is None else found[1]["updates"])
+        updates = [count for count in told if count is not None]
+        if found is not None:
+            self.averager.take_over(found)
+        if updates:
+            # Later stages of the peer had made more updates: their newest weights are of so many calls.
+            engine.global_steps = max(updates)
+            engine.global_samples = engine.global_steps * engine.train_batch_size()
+            stage.restart(engine.global_steps, 0)
+            name = self.key.rpartition("/")[0]
+            stage.work.say(f"groups: {name} goes on from a peer's weights, after {engine.global_steps} updates")
+        self.averager.begin()
+        self.joined = True
+
+    def samples(self, count: int, seed: int | None) -> GroupSamples:
+        """As `NoFlushEngine.group_samples`."""
+        from noflush.replicas.samples import GroupSamples
+
+        self.join()
+        engine = self._engine
+        store = self._store if engine.num_stages > 1 else None
+        return GroupSamples(count, engine.train_micro_batch_size_per_gpu(), seed, self.order, store)
+
+
+def _faults(engine: Any, config: ReplicasConfig) -> list[str]:
+    faults = []
+    try:
+        import torchft  # noqa: F401
+    except ImportError as error:
+        faults.append(f"async_pipeline.replicas needs torchft ({error}): pip install 'noflush[replicas]'")
+    slices = engine.grid.get_slice_parallel_world_size()
+    if engine.dp_world_size * slices > 1:
+        faults.append(
+            f"async_pipeline.replicas with {engine.dp_world_size} data-parallel replicas and {slices} tensor-parallel "
+            "slices in one group: a group is one pipeline, and its ranks as many as its stages; start more groups "
+            "in place of replicas"
+        )
+    stage = engine.pipeline_stage
+    if config.mode == "sync" and (not isinstance(stage.update, FusedUpdate) or engine.fp16_enabled()):
+        faults.append(
+            f"async_pipeline.replicas.mode is 'sync' with {type(stage.weights.rule).__name__} and fp16 "
+            f"{'on' if engine.fp16_enabled() else 'off'}: groups' gradients are summed where noflush's own optimizers "
+            "update, and unscaled; take one of those, float32 or bf16, or mode 'async'"
+        )
+    return faults

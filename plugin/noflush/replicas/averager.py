@@ -1,0 +1,230 @@
+"""One stage's part in the averaging over groups, between its updates. It never waits.
+
+After an update a stage copies a slice of its true weights and has a round begin; after a later one, when the round has
+ended, the newest version is corrected by what came of it, before any micro-batch uses that version. Micro-batches in
+flight keep theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from noflush.order.averaging import Exchange, Part, due, schedule_behind, slice_of, smoothing
+from noflush.order.shared_order import SharedOrder
+from noflush.replicas import state
+from noflush.replicas.correction import correction
+from noflush.replicas.mean_gradients import MeanGradients
+from noflush.replicas.rounds import Failed, Round, RunsRounds
+from noflush.replicas.settings import ReplicasConfig
+from noflush.replicas.transport import State
+from noflush.replicas.true_weights import TrueWeights
+from noflush.stage.stage import Stage
+from noflush.stage.update import FusedUpdate
+
+logger = logging.getLogger("noflush")
+_KEPT = 10_000
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A slice on its way: which round it was taken for, the update after which, where the learning rate's schedule
+    stood, where it lies and what it was."""
+
+    number: int
+    update: int
+    position: int
+    start: int
+    part: Tensor
+
+
+class Averager:
+    """Of one stage.
+
+    Args:
+        stage: whose weights they are.
+        config: the block's.
+        key: of the group: its name, a slash, and what no other has.
+        samples: how many an update is made of.
+        schedule: gives the learning rate's schedule, or None.
+        step_schedule: has it go on by an update.
+        order: the order of data that groups share, at the stage that decides for the group; None elsewhere.
+        make_rounds: given how long round number n's slice is.
+
+    Attributes:
+        exchanges: the newest 10 000 averages that were applied.
+        groups: how many groups took part in the newest round; 1: this one is alone.
+        failures: rounds that came to nothing, in a row.
+        born_of: the group whose state this stage went on from, and after how many updates; None: it began itself.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: ReplicasConfig,
+        key: str,
+        samples: int,
+        schedule: Callable[[], Any],
+        step_schedule: Callable[[], None],
+        order: SharedOrder | None,
+        make_rounds: Callable[[Callable[[int], int]], RunsRounds],
+    ) -> None:
+        self._stage, self._config, self._key, self._samples = stage, config, key, samples
+        self._schedule, self._step_schedule, self._order = schedule, step_schedule, order
+        self._true = TrueWeights(stage.weights, stage.ring)
+        self._rates: dict[int, Tensor] = {}
+        self._sent: _Sent | None = None
+        self._number = self._started = self._counted = 0
+        self._position = 0
+        self.exchanges: deque[Exchange] = deque(maxlen=_KEPT)
+        self.born_of: tuple[str, int] | None = None
+        self.groups, self.failures = 1, 0
+        self._rounds = make_rounds(self._slice_length)
+
+    def _slice_length(self, number: int) -> int:
+        if self._config.mode == "sync":
+            return sum(layout.numel for layout in self._stage.weights.layouts)
+        return slice_of(number, self._true.elements, self._config.fraction)[1]
+
+    # ---- joining -----------------------------------------------------------------------------------------
+
+    def join(self) -> State | None:
+        """Takes part in a first round, before training: returns the state of a peer, None if there was none to take.
+
+        Waits; serves peers that start at the same time. Raises ConnectionError if the lighthouse cannot be reached, or
+        no round ended well.
+        """
+        why = ""
+        for _ in range(3):
+            self._rounds.start(0, self._words(0, waits=True), None)
+            result = None
+            while result is None:
+                self._serve()
+                result = self._rounds.poll(0.02)
+            if isinstance(result, Round):
+                self._begin_after(result)
+                return self._rounds.received
+            why = result.why
+        raise ConnectionError(
+            f"{self._key}, stage {self._stage.stage}: no round with the lighthouse at "
+            f"{self._config.lighthouse} and the groups it knows ended well ({why}): is torchft_lighthouse running there"
+            ", and can this host reach it and the other groups' hosts?"
+        )
+
+    def _begin_after(self, result: Round) -> None:
+        self._number = result.number if self._rounds.received is None else result.number + 1
+        self._heard(result)
+
+    def begin(self) -> None:
+        """From here on the stage's updates are averaged; those made so far do not count."""
+        self._started = self._counted = self._position = self._stage.ring.newest
+        if self._config.mode == "async":
+            self._stage.after_update = self.updated
+            return
+        update = self._stage.update
+        assert isinstance(update, FusedUpdate), "a host refuses others"
+        update.over_groups = MeanGradients(
+            self._rounds, lambda: self._words(self._stage.ring.newest), self._heard, self._state
+        )
+
+    # ---- training ----------------------------------------------------------------------------------------
+
+    def updated(self) -> None:
+        """After every update of the stage: hears, sends, and serves newcomers, in this order."""
+        self._position += 1
+        if self._sent is not None and (result := self._rounds.poll()) is not None:
+            sent, self._sent = self._sent, None
+            if isinstance(result, Round):
+                self._apply(result, sent)
+            else:
+                self._failed(result)
+        update = self._stage.ring.newest
+        self._started = min(self._started, update)  # an older checkpoint was loaded
+        if self._sent is None and due(update, self._started, self._config.average_every):
+            start, length = slice_of(self._number, self._true.elements, self._config.fraction)
+            part = self._true.read(start, length)
+            self._sent = _Sent(self._number, update, self._position, start, part)
+            self._rounds.start(self._number, self._words(update), part)
+            self._started = update
+        self._serve()
+
+    def _words(self, update: int, waits: bool = False) -> dict[str, Any]:
+        words: dict[str, Any] = {
+            "samples": float((update - self._counted) * self._samples),
+            "key": self._key,
+            "update": update,
+            "position": self._position,
+        }
+        if self._order is not None:
+            words["order"] = self._order.words(waits)
+        return words
+
+    def _apply(self, result: Round, sent: _Sent) -> None:
+        self._heard(result)
+        self._number = result.number + 1
+        self._counted = sent.update
+        update, length = self._stage.ring.newest, sent.part.numel()
+        if result.average is None or result.number != sent.number or update <= sent.update:
+            return
+        now = self._true.read(sent.start, length)
+        change, rate = correction(
+            self._config.drift, sent.part, result.average, now, self._rates.get(sent.start), update - sent.update,
+            smoothing(update),
+        )  # fmt: skip
+        if rate is not None:
+            self._rates[sent.start] = rate
+        self._true.shift(sent.start, change)
+        parts = tuple(Part(one["key"], one["update"], one["samples"]) for one in result.told)
+        behind = self._catch_up(sent, result)
+        self.exchanges.append(Exchange(result.number, sent.start, length, sent.update, update, parts, behind))
+
+    def _catch_up(self, sent: _Sent, result: Round) -> int:
+        behind = schedule_behind(sent.position, [(one["samples"], one["position"]) for one in result.told])
+        for _ in range(behind):
+            self._step_schedule()
+        self._position += behind
+        return behind
+
+    def _heard(self, result: Round) -> None:
+        self.failures = 0
+        if self._order is not None:
+            self._order.agree([one["order"] for one in result.told])
+        if len(result.told) != self.groups and self._stage.stage == 0:
+            names = ", ".join(one["key"].rpartition("/")[0] for one in result.told)
+            self._stage.work.say(f"groups: {len(result.told)} ({names}), after update {self._stage.ring.newest}")
+        self.groups = len(result.told)
+
+    def _failed(self, failure: Failed) -> None:
+        self.failures += 1
+        if self.failures == 1 and self._stage.stage == 0:
+            self._stage.work.say(
+                f"groups: round {self._number} was given up: {_in_short(failure.why)}; training goes on"
+            )
+
+    # ---- others' joining ---------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        self._rounds.serve(self._state)
+
+    def _state(self) -> State:
+        tensors, plain = state.take(self._stage, self._true, self._schedule())
+        return tensors, {**plain, "key": self._key}
+
+    def take_over(self, found: State) -> None:
+        """Goes on from a peer's state, on a drained stage; the numbers of calls are the engine's to set."""
+        state.put(self._stage, self._true, self._schedule(), found)
+        self.born_of = found[1]["key"], found[1]["updates"]
+
+    def close(self) -> None:
+        """Leaves the other groups."""
+        self._rounds.close()
+
+
+def _in_short(why: str) -> str:
+    """Gloo's errors, without where in its source they are raised and what to do with its logs."""
+    return why.rpartition("] ")[2].partition(". ")[0] if why.startswith("[/") else why

@@ -1,0 +1,267 @@
+"""Groups of pipelines that average their weights: each is the simulator's to the bit, given when it heard of what."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from noflush.demo.gpt import next_token_loss, split_by_blocks
+from noflush.methods import DelayAwareMuon, DelayAwareNAdamW
+from noflush.order.schedule import Schedule
+from noflush.replicas.simulate import GroupsSimulator, SimulatedGroup
+from noflush.simulate import DelaySimulator, Precision
+from tests.multiproc import training as t
+from tests.multiproc.groups import lighthouse, run_groups
+from tests.multiproc.ranks import run_ranks
+
+pytestmark = pytest.mark.multiproc
+
+RATE = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "betas": [0.99, 0.999], "weight_decay": 0.01}}
+MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def gpt_of(stages):
+    return t.GPT | {"depth": 2 * stages}
+
+
+def block(where, **more):
+    return {"replicas": {"lighthouse": where, "average_every": 3, "fraction": 0.3, "timeout_s": 20.0, **more}}
+
+
+def nadamw(params):
+    return DelayAwareNAdamW(params, lr=3e-3, betas=(0.99, 0.999), weight_decay=0.01)
+
+
+def muon(params):
+    return DelayAwareMuon(params, lr=3e-3, look_ahead=0.5)
+
+
+def train_group(
+    rank, where, name, seed, stages, calls, optimizer=RATE, gas=1, more=None, extra=None, when=None, slow=0.02,
+    leaves=None,
+):  # fmt: skip
+    """One rank of a group, which starts when the file ``when`` is there; makes the file ``leaves`` at its end."""
+    while when is not None and not Path(when).exists():
+        time.sleep(0.02)
+    loss_fn, losses = t.recording()
+    config = t.ds_config(gas, optimizer, block(where, name=name, **(extra or {})), **(more or {}))
+    engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
+    engine.group.join()
+    born = engine.global_steps
+    for call in range(calls):
+        engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
+        time.sleep(slow)
+    engine.drain()
+    if leaves:
+        Path(leaves).touch()
+    averager = engine.group.averager
+    return {
+        "losses": losses,
+        "weights": [p.detach().clone() for p in engine.module.parameters()],
+        "exchanges": list(averager.exchanges),
+        "born_of": averager.born_of,
+        "born": born,
+        "key": engine.group.key,
+    }
+
+
+def simulated(results, seeds, stages, make_optimizer, drift="corrected", gas=1, **more):
+    groups = []
+    for result, seed in zip(results, seeds, strict=True):
+        parts = split_by_blocks(t.layers(gpt_of(stages)), stages)
+        simulator = DelaySimulator(parts, next_token_loss, make_optimizer, Schedule(stages, gas), **more)
+        calls = len(result[-1]["losses"]) // gas
+        data = [batch for call in range(calls) for batch in t.data(gas, seed=seed + 1000 * call)]
+        exchanges = [rank["exchanges"] for rank in result]
+        born_of = [rank["born_of"] for rank in result] if result[0]["born"] else None
+        groups.append(SimulatedGroup(result[0]["key"], simulator, data, exchanges, born_of))
+    GroupsSimulator(groups, drift).run()
+    for group in groups:
+        group.simulator.drain()
+    return groups
+
+
+def assert_groups_same(results, groups):
+    for result, group in zip(results, groups, strict=True):
+        assert result[-1]["losses"] == group.losses
+        for stage, rank in enumerate(result):
+            for got, want in zip(rank["weights"], group.simulator.parameters(stage).values(), strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_two_groups_are_the_simulators(stages):
+    seeds = (1, 50)
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(
+            train_group, stages, [{"name": f"g{n}", "seed": seed} for n, seed in enumerate(seeds)],
+            where=where, stages=stages, calls=20,
+        )  # fmt: skip
+    assert_groups_same(results, simulated(results, seeds, stages, nadamw))
+    for rank in (rank for result in results for rank in result):
+        assert len(rank["exchanges"]) >= 3
+        assert all(exchange.applied_at > exchange.sent_at for exchange in rank["exchanges"])
+    # Of several slices, which differ from group to group no more than from what was learnt since.
+    assert len({exchange.start for exchange in results[0][0]["exchanges"]}) >= 3
+
+
+CASES = {
+    "drift kept": ({"extra": {"drift": "none"}}, nadamw, {"drift": "none"}),
+    "K=2": ({"gas": 2}, nadamw, {"gas": 2}),
+    "all weights at once": ({"extra": {"fraction": 1.0, "average_every": 2}}, nadamw, {}),
+    "look-ahead": ({"optimizer": MUON}, muon, {}),
+    "torch's AdamW": ({"optimizer": t.ADAMW}, t.adamw, {}),
+    "bf16": ({"more": BF16}, nadamw, {"precision": Precision(torch.bfloat16)}),
+    "bf16 look-ahead": ({"more": BF16, "optimizer": MUON}, muon, {"precision": Precision(torch.bfloat16)}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_so_they_are_in_every_form(name):
+    run, make_optimizer, simulation = CASES[name]
+    seeds = (1, 50)
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(
+            train_group, 2, [{"name": f"g{n}", "seed": seed} for n, seed in enumerate(seeds)],
+            where=where, stages=2, calls=14, **run,
+        )  # fmt: skip
+    assert all(rank["exchanges"] for result in results for rank in result)
+    assert_groups_same(results, simulated(results, seeds, 2, make_optimizer, **simulation))
+
+
+def test_a_group_that_leaves_and_one_that_joins(tmp_path):
+    """The third starts from a living peer's weights and moments, stage by stage, while that trains on."""
+    left = tmp_path / "left"
+    per_group = [
+        {"name": "stays", "seed": 1, "calls": 110},
+        {"name": "leaves", "seed": 50, "calls": 12, "leaves": str(left)},
+        {"name": "joins", "seed": 90, "calls": 30, "when": str(left)},
+    ]
+    with lighthouse(min_groups=1) as where:
+        results = run_groups(train_group, 2, per_group, where=where, stages=2, slow=0.1)
+    stays, _, joins = results
+    assert joins[0]["born"] == joins[1]["born"] == max(rank["born_of"][1] for rank in joins) > 12
+    assert {rank["born_of"][0] for rank in joins} == {stays[0]["key"]}
+    assert any(len([part for part in one.parts if part.samples]) == 2 for one in joins[0]["exchanges"])
+    assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw))
+
+
+DECAY = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 4, "total_num_steps": 40}}
+
+
+def decaying(optimizer):
+    from deepspeed.runtime.lr_schedules import WarmupDecayLR
+
+    return WarmupDecayLR(optimizer, warmup_max_lr=3e-3, warmup_num_steps=4, total_num_steps=40)
+
+
+def test_a_slow_group_counts_less_and_its_schedule_keeps_up():
+    per_group = [{"name": "fast", "seed": 1, "calls": 40, "slow": 0.05}]
+    per_group += [{"name": "slow", "seed": 50, "calls": 10, "slow": 0.2}]
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(train_group, 2, per_group, where=where, stages=2, more={"scheduler": DECAY})
+    assert_groups_same(results, simulated(results, (1, 50), 2, nadamw, make_lr_scheduler=decaying))
+    fast, slow = ([one for one in result[1]["exchanges"] if len(one.parts) == 2] for result in results)
+    samples = {part.key: part.samples for part in slow[-1].parts}
+    assert samples[results[1][0]["key"]] < samples[results[0][0]["key"]]
+    assert sum(one.caught_up for one in slow) > 3
+    assert sum(one.caught_up for one in fast) == 0
+
+
+def train_replicas(rank, stages, calls, gas):
+    loss_fn, losses = t.recording()
+    engine = t.build(stages, t.ds_config(gas, RATE, {}), gpt=gpt_of(stages), loss_fn=loss_fn)
+    seed = (1, 50)[engine.grid.get_data_parallel_rank()]
+    for call in range(calls):
+        engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
+    engine.drain()
+    return losses, [p.detach().clone() for p in engine.module.parameters()]
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_in_step_they_are_data_parallelism(stages):
+    calls = 8
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(
+            train_group, stages, [{"name": f"g{n}", "seed": seed} for n, seed in enumerate((1, 50))],
+            where=where, stages=stages, calls=calls, extra={"mode": "sync"}, slow=0.0,
+        )  # fmt: skip
+    replicas = run_ranks(train_replicas, 2 * stages, stages=stages, calls=calls, gas=1)
+    for number, result in enumerate(results):
+        whole = replicas[number::2]
+        assert result[-1]["losses"] == whole[-1][0]
+        for rank, (_, weights) in zip(result, whole, strict=True):
+            for got, want in zip(rank["weights"], weights, strict=True):
+                assert torch.equal(got, want)
+
+
+def draw_samples(rank, where, name, calls, stages=2):
+    """Every sample is its own number; what both stages that read it saw."""
+    engine = t.build(stages, t.ds_config(2, RATE, block(where, name=name)))
+    count, sequence = 96, t.GPT["sequence"]
+    rows = torch.arange(count).unsqueeze(1).expand(count, sequence)
+    seen = []
+    data = TensorDataset(rows)
+    sampler = engine.group_samples(count, seed=7)
+
+    def batches():
+        for (numbers,) in DataLoader(data, batch_size=3, sampler=sampler):
+            seen.append(numbers[:, 0].tolist())
+            tokens = numbers % t.GPT["vocabulary"]
+            yield tokens, tokens
+
+    stream = batches()
+    for _ in range(calls):
+        engine.train_batch(stream)
+    engine.drain()
+    return [sample for batch in seen for sample in batch]
+
+
+def test_groups_draw_disjoint_samples_of_one_order():
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(draw_samples, 2, [{"name": "a", "calls": 7}, {"name": "b", "calls": 7}], where=where)
+    for first, last in results:
+        assert first == last
+        assert len(first) == 7 * 2 * 3
+    a, b = (set(result[0]) for result in results)
+    assert len(a) == len(b) == 42
+    assert not a & b
+    in_order = torch.randperm(96, generator=torch.Generator().manual_seed(7)).tolist()
+    assert a | b == set(in_order[:84])
+
+
+def build_refused(rank, where, optimizer, more, extra):
+    t.build(2, t.ds_config(1, optimizer, block(where, **extra), **more))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "optimizer", "more", "extra", "said"),
+    [
+        (4, RATE, {}, {}, "with 2 data-parallel replicas and 1 tensor-parallel slices in one group"),
+        (2, t.ADAMW, {}, {"mode": "sync"}, "mode is 'sync' with AdamW and fp16 off"),
+    ],
+)
+def test_what_groups_cannot_have_is_refused_before_training(ranks, optimizer, more, extra, said):
+    pytest.importorskip("torchft")
+    more = {"where": "127.0.0.1:1", "optimizer": optimizer, "more": more, "extra": extra}
+    for kind, message in run_ranks(build_refused, ranks, expect_errors=True, **more):
+        assert kind == "ConfigError"
+        assert said in message
+
+
+def join_nobody(rank, where):
+    engine = t.build(2, t.ds_config(1, RATE, block(where, timeout_s=2.0)))
+    engine.train_batch(iter(t.data(1)))
+
+
+def test_a_lighthouse_that_is_not_there_is_one_error_before_training():
+    pytest.importorskip("torchft")
+    for kind, message in run_ranks(join_nobody, 2, expect_errors=True, where="127.0.0.1:9"):
+        assert kind == "ConnectionError"
+        assert "127.0.0.1:9" in message
+        assert "torchft_lighthouse" in message
