@@ -100,6 +100,8 @@ def run_to(folder, name, more, kill_at=None, pause=0.0):
 
 
 def newest_line(run):
+    if not run.logs[-1].exists():
+        return 0
     with open(run.logs[-1], "rb") as log:
         log.seek(max(0, log.seek(0, 2) - 4000))
         lines = re.findall(r"iteration +(\d+)/.*lm loss", log.read().decode(errors="replace"))
