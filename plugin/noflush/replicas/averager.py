@@ -58,7 +58,7 @@ class Averager:
 
     Attributes:
         exchanges: the newest 10 000 averages that were applied.
-        groups: how many groups took part in the newest round; 1: this one is alone.
+        groups: how many groups took part in the newest round; 1: this one is alone, or the round came to nothing.
         failures: rounds that came to nothing, in a row.
         born_of: the group whose state this stage went on from, and after how many updates; None: it began itself.
     """
@@ -200,7 +200,7 @@ class Averager:
         self.groups = len(result.told)
 
     def _failed(self, failure: Failed) -> None:
-        self.failures += 1
+        self.failures, self.groups = self.failures + 1, 1
         if self.failures == 1 and self._stage.stage == 0:
             self._stage.work.say(
                 f"groups: round {self._number} was given up: {_in_short(failure.why)}; training goes on"
