@@ -12,13 +12,11 @@ started again, and how long it took to be one of three again, and its loss again
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import random
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -30,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from noflush.demo.port import held_port  # noqa: E402
 from tests.bench.record import record  # noqa: E402
+from tests.multiproc.groups import LighthouseProcess  # noqa: E402
 from tests.multiproc.ranks import _context  # noqa: E402
 
 GROUPS, STAGES = 3, 2
@@ -73,15 +72,6 @@ def rank_main(rank, port, where, name, log, sleep_s):
             tokens = (start + torch.arange(13)) % 32
             loss = engine.train_batch(iter([(tokens[:, :-1], tokens[:, 1:])]))
             lines.write(f"{time.time()} {engine.global_steps} {engine.group.averager.groups} {float(loss)}\n")
-
-
-def lighthouse_main(port):
-    """A lighthouse."""
-    from noflush.replicas.lighthouse import Lighthouse
-
-    server = Lighthouse(port=port, join_timeout_s=1.0)
-    while server.address:  # it ends with its last reference
-        time.sleep(60)
 
 
 class Group:
@@ -133,14 +123,6 @@ def wait_for(condition, seconds, what):
     return time.time() - begun
 
 
-def answers(port):
-    """Whether somebody listens there."""
-    with contextlib.suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return True
-    return False
-
-
 def rate(lines, begin, end):
     """Calls a second."""
     times = [line[0] for line in lines if begin <= line[0] < end]
@@ -170,9 +152,8 @@ def main(args):
         where = f"127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as name:
         groups = [Group(f"g{n}", where, Path(name), args.sleep_ms / 1e3) for n in range(GROUPS)]
-        lighthouse = _context.Process(target=lighthouse_main, args=(port,))
+        lighthouse = LighthouseProcess(port)
         lighthouse.start()
-        wait_for(lambda: answers(port), 60, "no lighthouse")
         try:
             for group in groups:
                 group.start()
@@ -192,8 +173,6 @@ def main(args):
                     rates.append(rate(lines, at, now) / before if before else 0.0)
                 one = {"fault": kind, "longest_gap_s": round(max(gaps), 2), "rate": round(min(rates), 2)}
                 if struck is None:
-                    lighthouse.join()
-                    lighthouse = _context.Process(target=lighthouse_main, args=(port,))
                     lighthouse.start()
                 else:
                     struck.end()

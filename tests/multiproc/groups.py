@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
 
-from tests.multiproc.ranks import run_ranks
+from noflush.demo.port import held_port
+from tests.multiproc.ranks import _context, run_ranks
 
 
 @contextmanager
@@ -21,6 +25,53 @@ def lighthouse(min_groups=1):
         yield server.address
     finally:
         server.close()
+
+
+class LighthouseProcess:
+    """A lighthouse that can be killed."""
+
+    def __init__(self, port, min_groups=1):
+        self.address = f"127.0.0.1:{port}"
+        self._arguments = (port, min_groups)
+
+    def start(self):
+        """And waits until it answers."""
+        self._process = _context.Process(target=serve, args=self._arguments)
+        self._process.start()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self._arguments[0]), timeout=1).close()
+                return
+            time.sleep(0.05)
+        raise TimeoutError("the lighthouse does not answer")
+
+    def kill(self):
+        """At once."""
+        self._process.kill()
+        self._process.join()
+
+
+def serve(port, min_groups):
+    """A lighthouse, until it is killed."""
+    from noflush.replicas.lighthouse import Lighthouse
+
+    server = Lighthouse(port=port, min_groups=min_groups, join_timeout_s=1.0)
+    while server.address:  # it ends with its last reference
+        time.sleep(60)
+
+
+@contextmanager
+def lighthouse_process(min_groups=1):
+    """A `LighthouseProcess`, started."""
+    pytest.importorskip("torchft")
+    with held_port() as port:
+        server = LighthouseProcess(port, min_groups)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 def run_groups(function, worlds, per_group, **same):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from noflush.order.schedule import Schedule
 from noflush.replicas.simulate import GroupsSimulator, SimulatedGroup
 from noflush.simulate import DelaySimulator, Precision
 from tests.multiproc import training as t
-from tests.multiproc.groups import lighthouse, run_groups
+from tests.multiproc.groups import lighthouse, lighthouse_process, run_groups
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
@@ -43,9 +45,12 @@ def muon(params):
 
 def train_group(
     rank, where, name, seed, stages, calls, optimizer=RATE, gas=1, more=None, extra=None, when=None, slow=0.02,
-    leaves=None,
+    leaves=None, begun=None,
 ):  # fmt: skip
-    """One rank of a group, which starts when the file ``when`` is there; makes the file ``leaves`` at its end."""
+    """One rank of a group, which starts when the file ``when`` is there; makes the file ``leaves`` at its end.
+
+    And ``begun`` after ten calls.
+    """
     while when is not None and not Path(when).exists():
         time.sleep(0.02)
     loss_fn, losses = t.recording()
@@ -56,6 +61,8 @@ def train_group(
     for call in range(calls):
         engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
         time.sleep(slow)
+        if begun and call == 10:
+            Path(begun).touch()
     engine.drain()
     if leaves:
         Path(leaves).touch()
@@ -149,6 +156,31 @@ def test_a_group_that_leaves_and_one_that_joins(tmp_path):
     assert {rank["born_of"][0] for rank in joins} == {stays[0]["key"]}
     assert any(len([part for part in one.parts if part.samples]) == 2 for one in joins[0]["exchanges"])
     assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw))
+
+
+def test_the_lighthouse_may_die_and_come_back(tmp_path):
+    """Meanwhile each goes on alone, and both are the simulator's all the time."""
+    begun = tmp_path / "begun"
+
+    def strike(server):
+        while not begun.exists():
+            time.sleep(0.05)
+        server.kill()
+        time.sleep(4)
+        server.start()
+
+    per_group = [{"name": "a", "seed": 1, "begun": str(begun)}, {"name": "b", "seed": 50}]
+    with lighthouse_process(min_groups=2) as server:
+        threading.Thread(target=strike, args=(server,), daemon=True).start()
+        results = run_groups(
+            train_group, 2, per_group, where=server.address, stages=2, calls=160, slow=0.1, extra={"timeout_s": 3.0}
+        )
+    assert_groups_same(results, simulated(results, (1, 50), 2, nadamw))
+    for rank in (rank for result in results for rank in result):
+        sent = [one.sent_at for one in rank["exchanges"] if len(one.parts) == 2]
+        gaps = [after - before for before, after in itertools.pairwise(sent)]
+        assert max(gaps) > 20  # about four seconds, and what a round took to be given up
+        assert sent[-1] > 140
 
 
 DECAY = {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 4, "total_num_steps": 40}}

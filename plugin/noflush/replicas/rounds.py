@@ -53,6 +53,17 @@ class Failed:
     why: str
 
 
+class _Manager(Manager):  # type: ignore[misc]
+    """torchft's, which goes on after a quorum that failed: its own raises that error at every quorum from then on."""
+
+    def start_quorum(self, *args: Any, **kwargs: Any) -> None:
+        """As torchft's."""
+        future = self._quorum_future
+        if future is not None and future.done() and future.exception() is not None:
+            self._quorum_future = None
+        super().start_quorum(*args, **kwargs)
+
+
 class RunsRounds(Protocol):
     """What others ask of `Rounds`."""
 
@@ -107,7 +118,7 @@ class Rounds:
         self._state: State | None = None
         self._todo: queue.SimpleQueue[tuple[int, dict[str, Any], Tensor | None]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Round | Failed] = queue.SimpleQueue()
-        self._manager = Manager(
+        self._manager = _Manager(
             self._group,
             self._receive,
             self._ask,
