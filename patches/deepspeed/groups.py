@@ -54,7 +54,7 @@ class Group:
         """All ranks hear of it; else one would raise, and the others wait for it."""
         stage, why = self._engine.pipeline_stage, ""
         if stage.stage == 0:
-            host, _, port = self._config.lighthouse.rpartition("://")[2].rpartition(":")
+            host, _, port = self._config.meeting_place.rpartition(":")
             try:
                 socket.create_connection((host, int(port)), timeout=min(10.0, self._config.timeout_s)).close()
             except OSError as error:
@@ -62,14 +62,14 @@ class Group:
         why = stage.tell_all(why)[0]
         if why:
             raise ConnectionError(
-                f"no lighthouse at {self._config.lighthouse} (async_pipeline.replicas.lighthouse): {why}; start "
+                f"no lighthouse at {self._config.meeting_place} (async_pipeline.replicas.lighthouse): {why}; start "
                 "torchft_lighthouse there, at an address that this host reaches"
             )
 
     def _make_store(self) -> Any:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-        stage, bind = self._engine.pipeline_stage, os.path.expandvars(self._config.bind)
+        stage, bind = self._engine.pipeline_stage, _own_address(self._config)
         own = TCPStore(bind, 0, is_master=True, wait_for_workers=False) if stage.stage == 0 else None
         host, port = stage.tell_all((bind, own.port if own is not None else 0))[0]
         return own or TCPStore(host, port, is_master=False, wait_for_workers=False)
@@ -89,8 +89,8 @@ class Group:
             self.order,
             lambda slice_length: Rounds(
                 (self._store.host, self._store.port),
-                config.lighthouse,
-                os.path.expandvars(config.bind),
+                config.meeting_place,
+                _own_address(config),
                 stage.stage,
                 engine.num_stages,
                 self.key.rpartition("/")[0],
@@ -133,6 +133,13 @@ class Group:
         engine = self._engine
         store = self._store if engine.num_stages > 1 else None
         return GroupSamples(count, engine.train_micro_batch_size_per_gpu(), seed, self.order, store)
+
+
+def _own_address(config: ReplicasConfig) -> str:
+    """At which other groups reach this process."""
+    if config.bind == "auto":
+        return socket.gethostbyname(socket.gethostname())
+    return os.path.expandvars(config.bind)
 
 
 def _faults(engine: Any, config: ReplicasConfig) -> list[str]:

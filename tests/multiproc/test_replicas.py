@@ -101,7 +101,7 @@ def assert_groups_same(results, groups):
                 assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_groups_are_the_simulators(stages):
     seeds = (1, 50)
     with lighthouse(min_groups=2) as where:
@@ -128,7 +128,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == "bf16 look-ahead" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_so_they_are_in_every_form(name):
     run, make_optimizer, simulation = CASES[name]
     seeds = (1, 50)
@@ -158,6 +160,7 @@ def test_a_group_that_leaves_and_one_that_joins(tmp_path):
     assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw))
 
 
+@pytest.mark.slow
 def test_the_lighthouse_may_die_and_come_back(tmp_path):
     """Meanwhile each goes on alone, and both are the simulator's all the time."""
     begun = tmp_path / "begun"
@@ -192,6 +195,7 @@ def decaying(optimizer):
     return WarmupDecayLR(optimizer, warmup_max_lr=3e-3, warmup_num_steps=4, total_num_steps=40)
 
 
+@pytest.mark.slow
 def test_a_slow_group_counts_less_and_its_schedule_keeps_up():
     per_group = [{"name": "fast", "seed": 1, "calls": 40, "slow": 0.05}]
     per_group += [{"name": "slow", "seed": 50, "calls": 10, "slow": 0.2}]
@@ -215,7 +219,7 @@ def train_replicas(rank, stages, calls, gas):
     return losses, [p.detach().clone() for p in engine.module.parameters()]
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_step_they_are_data_parallelism(stages):
     calls = 8
     with lighthouse(min_groups=2) as where:

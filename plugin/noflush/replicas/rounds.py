@@ -131,7 +131,7 @@ class Rounds:
             world_size=stages,
             store_addr=store[0],
             store_port=store[1],
-            lighthouse_addr=lighthouse if "://" in lighthouse else f"http://{lighthouse}",
+            lighthouse_addr=f"http://{lighthouse}",
             replica_id=name,
             hostname=bind,
             checkpoint_transport=self._transport,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ class ReplicasConfig:
     """``async_pipeline.replicas``. Frozen."""
 
     lighthouse: str
-    """``host:port`` of torchft's lighthouse, where groups find each other."""
+    """``host:port`` of torchft's lighthouse, where groups meet; ``$VARIABLE`` is read from the environment."""
 
     mode: Literal["async", "sync"] = "async"
     """``async`` averages weights in the background. ``sync``, its twin: every update waits for all groups and is made
@@ -37,14 +38,19 @@ class ReplicasConfig:
     """With fewer groups (1 to 1000) nothing is averaged; each goes on alone."""
 
     bind: str = "127.0.0.1"
-    """Address of this group's hosts, one for each or one for all, at which other groups reach it: ``$VARIABLE`` is read
-    from the environment."""
+    """This host's address, at which other groups reach it. ``auto``: the one that its own name has; ``$VARIABLE`` is
+    read from the environment."""
 
     timeout_s: float = 60.0
     """Seconds (1 to 3600) after which a round is given up, and a peer that is silent is taken for gone."""
 
     name: str = ""
     """What the log calls this group; empty: its number in a SLURM array, else its process number."""
+
+    @property
+    def meeting_place(self) -> str:
+        """``lighthouse``, as it is meant."""
+        return os.path.expandvars(self.lighthouse).removeprefix("http://")
 
 
 _RANGES = {"average_every": (1, 100_000), "min_groups": (1, 1000), "timeout_s": (1, 3600)}
@@ -63,9 +69,9 @@ def faults_of_replicas(values: dict[str, Any], where: str) -> list[str]:
     ]
     if not 0 < config.fraction <= 1:
         faults.append(f"{where}.fraction is {config.fraction}: it must be above 0, and at most 1 (all weights at once)")
-    host, colon, port = config.lighthouse.removeprefix("http://").rpartition(":")
+    host, colon, port = config.meeting_place.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
         faults.append(
-            f"{where}.lighthouse is {config.lighthouse!r}: it must be host:port, of a running torchft_lighthouse"
+            f"{where}.lighthouse is {config.meeting_place!r}: it must be host:port, of a running torchft_lighthouse"
         )
     return faults
