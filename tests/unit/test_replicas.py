@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import ReduceOp, TCPStore
 
 from noflush.order.averaging import due, schedule_behind, slice_of, slices_of, smoothing
 from noflush.order.shared_order import SharedOrder
@@ -96,6 +99,26 @@ def test_the_last_stage_reads_what_the_first_one_decided():
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="3 samples make no micro-batch of 4"):
         GroupSamples(3, 4, 1, SharedOrder("a"), None)
+
+
+def meet(kind, address, rank):
+    group = kind(timeout=timedelta(seconds=5))
+    time.sleep(0.3 * (rank == 0))  # the others are there before it
+    group.configure(address, "x", rank, 3, 1, 0, 1, [0, 1, 2])
+    total = torch.full((2,), float(rank + 1))
+    group.allreduce([total], ReduceOp.SUM).wait()
+    return total.tolist()
+
+
+def test_a_quorum_of_an_old_number_meets_under_new_keys():
+    """A lighthouse that was started anew counts from 1: its quorum's members find what an older one has left."""
+    process_group = pytest.importorskip("noflush.replicas.process_group")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = f"127.0.0.1:{store.port}/torchft/1/0"
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as members:
+            found = [members.submit(meet, process_group.FreshGloo, address, rank) for rank in (2, 1, 0)]
+            assert [one.result(20) for one in found] == [[6.0, 6.0]] * 3
 
 
 class Bomb:

@@ -29,6 +29,7 @@ from noflush.stage.update import FusedUpdate
 
 logger = logging.getLogger("noflush")
 _KEPT = 10_000
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Averager:
         no round ended well.
         """
         why = ""
-        for _ in range(3):
+        for _ in range(_ATTEMPTS):
             self._rounds.start(0, self._words(0, waits=True), None)
             result = None
             while result is None:

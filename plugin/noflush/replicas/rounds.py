@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, ReduceOp  # type: ignore[attr-defined]
 from torchft.manager import Manager
-from torchft.process_group import ProcessGroupGloo
 
 from noflush.replicas.correction import averaged
+from noflush.replicas.process_group import FreshGloo
 from noflush.replicas.transport import State, TensorTransport
 
 logger = logging.getLogger("noflush")
@@ -58,7 +58,7 @@ class _Manager(Manager):  # type: ignore[misc]
 
     def start_quorum(self, *args: Any, **kwargs: Any) -> None:
         """As torchft's."""
-        future = self._quorum_future
+        future: Any = vars(self).get("_quorum_future")
         if future is not None and future.done() and future.exception() is not None:
             self._quorum_future = None
         super().start_quorum(*args, **kwargs)
@@ -111,7 +111,7 @@ class Rounds:
         self._quiet_torchft()
         patience = timedelta(seconds=timeout_s)
         self._timeout_s, self._min_groups, self._slice_length = timeout_s, min_groups, slice_length
-        self._group = ProcessGroupGloo(timeout=patience)
+        self._group = FreshGloo(timeout=patience)
         self._transport = TensorTransport(bind)
         self.received: State | None = None
         self._asked, self._given = threading.Event(), threading.Event()
