@@ -29,11 +29,6 @@ def read_model(of: Values, ranks: Ranks) -> Model:
     of.values["seq_length"] = of.one_of("seq_length", "encoder_seq_length")
     layers, hidden, heads = of.needed("num_layers"), of.needed("hidden_size"), of.needed("num_attention_heads")
     sequence = of.needed("seq_length")
-    if layers % ranks.pipeline and of.known("num_layers"):
-        of.faults.append(
-            f"--num-layers {layers} on --pipeline-model-parallel-size {ranks.pipeline}: every stage gets the same "
-            f"number of layers; use {layers - layers % ranks.pipeline or ranks.pipeline} layers, or another size"
-        )
     sized = of.known("hidden_size", "num_attention_heads", "kv_channels")
     if of.kv_channels is None and hidden % heads and sized:
         of.faults.append(

@@ -251,6 +251,8 @@ class Settings:
     """A run.
 
     Attributes:
+        layers_by_stage: transformer layers of every stage, in order. The embedding is the first one's, the final norm
+            and the output layer are the last one's.
         deepspeed: the config that ``deepspeed.initialize`` gets.
         block: its ``async_pipeline`` block; None where DeepSpeed's own pipeline runs.
         notes: what to say at the start.
@@ -258,6 +260,7 @@ class Settings:
 
     model: Model
     ranks: Ranks
+    layers_by_stage: tuple[int, ...]
     batch: Batch
     steps: Steps
     optimizer: Optimizer

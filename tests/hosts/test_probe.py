@@ -26,7 +26,7 @@ EXPRESSIONS = {
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
-        *("ties.py model", "recut.py engine.module"),
+        *("ties.py model", "recut.py engine.module", "cut_module.py self"),
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -78,8 +78,12 @@ OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", 
 TORCHS = {
     "module": {"train", "training", "parameters", "named_parameters", "named_modules", "get_submodule"},
 }
-OF_PROTOCOLS = {"engine": {"_exec_schedule"}, "scaler": {"dynamic", "update_scale"}}
-"""`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler."""
+OF_PROTOCOLS = {
+    "engine": {"_exec_schedule"},
+    "scaler": {"dynamic", "update_scale"},
+    "module": {"_partition_layers"},
+}
+"""`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler; where a module is cut."""
 
 
 def used(owner):
