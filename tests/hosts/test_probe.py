@@ -27,6 +27,7 @@ EXPRESSIONS = {
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
         *("ties.py model", "recut.py engine.module", "cut_module.py self"),
+        "checkpoints.py self.module",
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),

@@ -160,9 +160,9 @@ def test_the_first_layers_of_every_stage_recompute(method, layers, numbers, tmp_
     assert recomputing(run) == numbers
 
 
-def arguments(folder, more):
+def arguments(folder, more, block=None):
     path = folder / "ds_config.json"
-    path.write_text(json.dumps({"optimizer": {"type": "DelayAwareNAdamW"}, "async_pipeline": {"enabled": True}}))
+    path.write_text(json.dumps({"optimizer": {"type": "DelayAwareNAdamW"}, "async_pipeline": block or {}}))
     return [*SMALL.split(), "--log-interval", "1", "--deepspeed_config", str(path), *OF_TWO.split(), *more.split()]
 
 
@@ -183,3 +183,16 @@ def test_it_resumes_as_if_it_had_never_stopped(tmp_path):
     again = Run(arguments(tmp_path, f"{common} --load {tmp_path}/save --ckpt-step 6"), 2, tmp_path, "again")
     assert finish(again) == {iteration: losses[iteration] for iteration in range(7, 11)}
     assert "fills anew" not in again.text(0)
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("more", ["", "--bf16"], ids=["float32", "bf16"])
+def test_a_checkpoint_goes_on_with_other_layers_a_stage(more, tmp_path):
+    """With the flush without a change: the run that was left alone is the oracle."""
+    common, flush = f"--train-iters 8 {more}", FLUSH["async_pipeline"]
+    first = f"{common} {FIRST} 1 --save {tmp_path}/save --save-interval 5"
+    losses = finish(Run(arguments(tmp_path, first, flush), 2, tmp_path, "whole"))
+    even = Run(arguments(tmp_path, f"{common} --load {tmp_path}/save --ckpt-step 5", flush), 2, tmp_path, "even")
+    assert finish(even) == {iteration: losses[iteration] for iteration in (6, 7, 8)}
+    assert "that had other layers: re-cut by layer" in even.text(0)
