@@ -76,6 +76,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
             f"--rotary-percent {of.rotary_percent} of {kv_channels} channels a head is {turned}: rotary positions need "
             "an even number of 2 or more; change --rotary-percent, or the hidden size by the heads (--kv-channels)"
         )
+    of.note_without(of.pad_vocab_size, "padding of the vocabulary", "make_vocab_size_divisible_by")
     if (of.padded_vocab_size or 0) % ranks.tensor:
         of.faults.append(
             f"--padded-vocab-size {of.padded_vocab_size} on --tensor-model-parallel-size {ranks.tensor}: it must be a "
@@ -103,7 +104,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         gated=gated or bool(of.quick_geglu),
         rope_base=of.one_of("rotary_base", "rope_theta"),
         rope_scaling=of.rope_scaling_factor if of.use_rope_scaling else None,
-        pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor,
+        pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor if of.pad_vocab_size else 1,
         vocabulary=of.padded_vocab_size or 0,
     )
 

@@ -32,7 +32,7 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     layers_by_stage = read_layers_by_stage(of, model.layers, ranks)
     batch = read_batch(of, config, ranks)
     checkpoints = read_checkpoints(of)
-    steps, optimizer = read_steps(of, batch, model, read_start(of, checkpoints))
+    steps, optimizer = read_steps(of, batch, model, ranks, read_start(of, checkpoints))
     precision: Literal["fp32", "bf16", "fp16"] = "fp16" if of.fp16 else "bf16" if of.bf16 else "fp32"
     if of.fp16 and of.bf16:
         of.faults.append("--fp16 and --bf16: give one")

@@ -89,7 +89,8 @@ def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
             held += _of_layer(settings, width)  # the one being recomputed
         if stage == ranks.pipeline - 1:
             # Logits, once in the model's dtype and once in float32 for the loss.
-            held += model.sequence * settings.batch.micro * model.vocabulary // ranks.tensor * (width + 4)
+            samples = max(settings.batch.micro, settings.steps.eval_micro if settings.steps.eval_iterations else 0)
+            held += model.sequence * samples * model.vocabulary // ranks.tensor * (width + 4)
         found.append(StageBytes(weights, stash, held))
     return found
 

@@ -153,6 +153,20 @@ WRONG = {
         "--initial-loss-scale 1e300 --fp16",
         r"--initial-loss-scale is 1e\+300: it must be at most",
     ),
+    "evaluation's micro-batch": (
+        "--eval-micro-batch-size 3",
+        "-micro-batch-size 3 x 1 data-parallel .* --eval-global-batch-size 8 .*: .* multiple of 3; use 6 or 9",
+    ),
+    "evaluation's batch": (
+        "--eval-global-batch-size 7",
+        "-size 2 x 1 data-parallel .* --eval-global-batch-size 7 .* 6 or",
+    ),
+    "evaluation of nothing": ("--eval-global-batch-size 0", "--eval-global-batch-size is 0: it must be 1 or more"),
+    "evaluation before the start": ("--start-eval-at-iter -1", "--start-eval-at-iter is -1: it must be 0 or more"),
+    "no padding, and slices": (
+        "--no-pad-vocab-size --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1",
+        "--no-pad-vocab-size with a tokenizer of 50257 token ids on --tensor-model-parallel-size 2: .* a multiple",
+    ),
     "optimizer": ("--optimizer lion", '--optimizer lion: use adam, sgd, muon, dist_muon or soap, or an "optimizer"'),
     "Muon's momentum": (
         "--optimizer muon --muon-momentum 1",
