@@ -27,6 +27,7 @@ TIED = ("deepspeed.runtime.pipe.module", "TiedLayerSpec")
 NEEDED: dict[Owner, str] = {
     ENGINE: """
         _compute_loss _config _configure_basic_optimizer _configure_bf16_optimizer _configure_zero_optimizer
+        _INSTRUCTION_MAP _exec_send_activations
         _copy_recovery_script checkpoint_engine load_universal_checkpoint local_rank use_node_local_storage
         _exec_backward_pass _exec_forward_pass _exec_load_micro_batch
         _exec_reduce_grads _exec_reduce_tied_grads _exec_schedule _global_grad_norm _is_supported_optimizer _next_batch

@@ -15,6 +15,7 @@ EXPRESSIONS = {
     "engine": ("engine.py self", "engine.py super()", "assembly.py engine", "update.py self._engine",
                "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine",
                "checkpoints.py self", "checkpoints.py super()", "checkpoints.py super(Checkpoints, self)",
+               "evaluation.py self", "evaluation.py super()", "evaluation.py PipelineEngine",
                "in_flight.py engine", "recut.py engine", "saving.py engine", "saving.py self._engine"),
     "grid": (
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
@@ -27,7 +28,7 @@ EXPRESSIONS = {
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
         *("ties.py model", "recut.py engine.module", "cut_module.py self"),
-        "checkpoints.py self.module",
+        *("checkpoints.py self.module", "evaluation.py self.module"),
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -96,9 +97,9 @@ def used(owner):
     if owner == "engine":
         ours = [
             node
-            for file in ("engine.py", "checkpoints.py")
+            for file in ("engine.py", "checkpoints.py", "evaluation.py")
             for node in ast.walk(ast.parse((WING / file).read_text()))
-            if isinstance(node, ast.ClassDef) and node.name in ("NoFlushEngine", "Checkpoints")
+            if isinstance(node, ast.ClassDef) and node.name in ("NoFlushEngine", "Checkpoints", "Evaluation")
         ]
         own = {f.name for of in ours for f in of.body if isinstance(f, ast.FunctionDef)}
         called_above = {
