@@ -197,7 +197,7 @@ def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
                     else:
                         raise CheckpointError(
                             f"checkpoint {folder}: {key} of {name} lies in a shard by matrices, and cannot be re-cut; "
-                            "go on with as many stages and replicas"
+                            "go on with the same stages, layers of each and replicas"
                         )
 
 

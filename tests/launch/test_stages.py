@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from noflush.launch.arguments.parser import ArgumentsError
+from noflush.launch.convert.state_dict import read_weights
 from noflush.launch.dry_run import print_dry_run
 from noflush.launch.gpt.size import parameters_by_stage
 from noflush.launch.start_lines import start_lines
@@ -193,6 +194,12 @@ def test_a_checkpoint_goes_on_with_other_layers_a_stage(more, tmp_path):
     common, flush = f"--train-iters 8 {more}", FLUSH["async_pipeline"]
     first = f"{common} {FIRST} 1 --save {tmp_path}/save --save-interval 5"
     losses = finish(Run(arguments(tmp_path, first, flush), 2, tmp_path, "whole"))
-    even = Run(arguments(tmp_path, f"{common} --load {tmp_path}/save --ckpt-step 5", flush), 2, tmp_path, "even")
+    again = f"{common} --load {tmp_path}/save --ckpt-step 5 --save {tmp_path}/again"
+    even = Run(arguments(tmp_path, again, flush), 2, tmp_path, "even")
     assert finish(even) == {iteration: losses[iteration] for iteration in (6, 7, 8)}
     assert "that had other layers: re-cut by layer" in even.text(0)
+    # What conversion reads says nothing of stages either.
+    model = settings(OF_TWO, 2, tmp_path).model
+    there, here = (read_weights(tmp_path / folder / "global_step8", model) for folder in ("save", "again"))
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
