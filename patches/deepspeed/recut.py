@@ -126,7 +126,8 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
     parts = [stage * there.slices + slice_rank for stage in range(there.stages)]
     kept: dict[str, _Kept] = {}
     for part in parts:
-        _collect(folder, part, kept)
+        # Of a tied module's own parameters the first stage's are in use; the others' have the same names.
+        kept = _collect(folder, part) | kept
     _fill(engine, kept, folder)
     first, last = _read(_stage_file(folder, parts[0])), _read(_stage_file(folder, parts[-1]))
     if with_schedule and engine.lr_scheduler is not None and last.get("lr_scheduler") is not None:
@@ -166,7 +167,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
+def _collect(folder: Path, part: int) -> dict[str, _Kept]:
+    """What the files of one old stage have of its parameters."""
+    kept: dict[str, _Kept] = {}
     shards = _shards(folder, part)
     if not shards:
         file = _read(_stage_file(folder, part))
@@ -180,7 +183,7 @@ def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
         rates = {n: group["lr"] for group in file["optimizer"]["param_groups"] for n in group["params"]}
         for number, state in file["optimizer"]["state"].items():
             kept[names[number]] = _Kept(None, dict(state), rates[number])
-        return
+        return kept
     for shard in shards:
         of_shard = _read(shard)["optimizer_state_dict"]
         state, groups = of_shard["base_optimizer_state"]["state"], of_shard["base_optimizer_state"]["param_groups"]
@@ -199,6 +202,7 @@ def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
                             f"checkpoint {folder}: {key} of {name} lies in a shard by matrices, and cannot be re-cut; "
                             "go on with the same stages, layers of each and replicas"
                         )
+    return kept
 
 
 def _join(before: Tensor | None, flat: Tensor, piece: Any) -> Tensor:

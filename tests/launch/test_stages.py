@@ -161,10 +161,11 @@ def test_the_first_layers_of_every_stage_recompute(method, layers, numbers, tmp_
     assert recomputing(run) == numbers
 
 
-def arguments(folder, more, block=None):
+def arguments(folder, more, block=None, untied=True):
     path = folder / "ds_config.json"
     path.write_text(json.dumps({"optimizer": {"type": "DelayAwareNAdamW"}, "async_pipeline": block or {}}))
-    return [*SMALL.split(), "--log-interval", "1", "--deepspeed_config", str(path), *OF_TWO.split(), *more.split()]
+    argv = [*SMALL.split(), "--log-interval", "1", "--deepspeed_config", str(path), *OF_TWO.split(), *more.split()]
+    return argv if untied else [word for word in argv if word != "--untie-embeddings-and-output-weights"]
 
 
 def finish(run, timeout=120):
@@ -188,18 +189,22 @@ def test_it_resumes_as_if_it_had_never_stopped(tmp_path):
 
 @pytest.mark.multiproc
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("more", ["", "--bf16"], ids=["float32", "bf16"])
-def test_a_checkpoint_goes_on_with_other_layers_a_stage(more, tmp_path):
+@pytest.mark.parametrize(
+    ("untied", "more"),
+    [(True, ""), (True, "--bf16"), (False, ""), (False, "--bf16")],
+    ids=["float32", "bf16", "tied", "bf16, tied"],
+)
+def test_a_checkpoint_goes_on_with_other_layers_a_stage(untied, more, tmp_path):
     """With the flush without a change: the run that was left alone is the oracle."""
     common, flush = f"--train-iters 8 {more}", FLUSH["async_pipeline"]
     first = f"{common} {FIRST} 1 --save {tmp_path}/save --save-interval 5"
-    losses = finish(Run(arguments(tmp_path, first, flush), 2, tmp_path, "whole"))
+    losses = finish(Run(arguments(tmp_path, first, flush, untied), 2, tmp_path, "whole"))
     again = f"{common} --load {tmp_path}/save --ckpt-step 5 --save {tmp_path}/again"
-    even = Run(arguments(tmp_path, again, flush), 2, tmp_path, "even")
+    even = Run(arguments(tmp_path, again, flush, untied), 2, tmp_path, "even")
     assert finish(even) == {iteration: losses[iteration] for iteration in (6, 7, 8)}
     assert "that had other layers: re-cut by layer" in even.text(0)
     # What conversion reads says nothing of stages either.
-    model = settings(OF_TWO, 2, tmp_path).model
+    model = settings(OF_TWO if untied else f"{TIED} {OF_TWO}", 2, tmp_path).model
     there, here = (read_weights(tmp_path / folder / "global_step8", model) for folder in ("save", "again"))
     assert there.keys() == here.keys()
     assert all(torch.equal(there[name], here[name]) for name in here)
