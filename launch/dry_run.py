@@ -27,7 +27,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
         console.print(line, highlight=False, markup=False)
     schedule = schedule_of(settings)
     ranks = settings.ranks
-    counts = parameters_by_stage(settings.model, ranks.pipeline, ranks.tensor)
+    counts = parameters_by_stage(settings.model, settings.layers_by_stage, ranks.tensor)
     plan = make_plan(schedule, counts, data=ranks.data, tensor=ranks.tensor)
     memory = bytes_by_stage(settings, schedule)
     table = Table(title=f"{schedule.stages} stages, K = {schedule.gas}, {schedule.name}, weights {schedule.weights}")
@@ -39,7 +39,7 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
         table.add_row(
             str(row.stage),
             ranks_of_stage(ranks, row.stage),
-            str(settings.model.layers // ranks.pipeline),
+            str(settings.layers_by_stage[row.stage]),
             f"{count / 1e6:.1f} M",
             str(row.delay),
             str(row.versions),
@@ -53,6 +53,8 @@ def print_dry_run(settings: Settings, lines: Sequence[str]) -> None:
     if settings.block is not None:
         console.print(communicator_line(plan), highlight=False)
         console.print(
-            f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it", highlight=False
+            f"predicted utilisation: {plan.no_flush:.1%} without the flush, {plan.flush:.1%} with it"
+            + ", if the stages take equally long" * (len(set(settings.layers_by_stage)) > 1),
+            highlight=False,
         )
     console.print("dry run: nothing was started", highlight=False)

@@ -15,14 +15,17 @@ def start_lines(settings: Settings, parameters: int, without_meaning: Mapping[st
     vocabulary = f"{model.token_ids}"
     if model.vocabulary_padding:
         vocabulary += f" (and {model.vocabulary_padding} rows of padding, without probability)"
+    by_stage, layers = settings.layers_by_stage, ""
+    if len(set(by_stage)) > 1:
+        layers = f"layers by stage [{', '.join(map(str, by_stage))}]; "
     length = f"{steps.samples} samples"
     if not steps.by_samples:
         length = f"{steps.iterations} iterations, {length}"
     lines = [
         f"GPT of {parameters:,} parameters: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
         f"sequence {model.sequence}, vocabulary {vocabulary}; {', '.join(describe(model))}",
-        f"{ranks.world} ranks: pipeline {ranks.pipeline} x data {ranks.data} x tensor {ranks.tensor}; micro-batch "
-        f"{settings.batch.micro}, global batch {settings.batch.global_size} (K = {settings.gas}); "
+        f"{ranks.world} ranks: pipeline {ranks.pipeline} x data {ranks.data} x tensor {ranks.tensor}; {layers}"
+        f"micro-batch {settings.batch.micro}, global batch {settings.batch.global_size} (K = {settings.gas}); "
         f"{settings.precision}; {length}",
     ]
     if settings.block is None:

@@ -29,11 +29,6 @@ def read_model(of: Values, ranks: Ranks) -> Model:
     of.values["seq_length"] = of.one_of("seq_length", "encoder_seq_length")
     layers, hidden, heads = of.needed("num_layers"), of.needed("hidden_size"), of.needed("num_attention_heads")
     sequence = of.needed("seq_length")
-    if layers % ranks.pipeline and of.known("num_layers"):
-        of.faults.append(
-            f"--num-layers {layers} on --pipeline-model-parallel-size {ranks.pipeline}: every stage gets the same "
-            f"number of layers; use {layers - layers % ranks.pipeline or ranks.pipeline} layers, or another size"
-        )
     sized = of.known("hidden_size", "num_attention_heads", "kv_channels")
     if of.kv_channels is None and hidden % heads and sized:
         of.faults.append(
@@ -81,6 +76,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
             f"--rotary-percent {of.rotary_percent} of {kv_channels} channels a head is {turned}: rotary positions need "
             "an even number of 2 or more; change --rotary-percent, or the hidden size by the heads (--kv-channels)"
         )
+    of.note_without(of.pad_vocab_size, "padding of the vocabulary", "make_vocab_size_divisible_by")
     if (of.padded_vocab_size or 0) % ranks.tensor:
         of.faults.append(
             f"--padded-vocab-size {of.padded_vocab_size} on --tensor-model-parallel-size {ranks.tensor}: it must be a "
@@ -108,7 +104,7 @@ def read_model(of: Values, ranks: Ranks) -> Model:
         gated=gated or bool(of.quick_geglu),
         rope_base=of.one_of("rotary_base", "rope_theta"),
         rope_scaling=of.rope_scaling_factor if of.use_rope_scaling else None,
-        pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor,
+        pad_vocabulary_to=of.make_vocab_size_divisible_by * ranks.tensor if of.pad_vocab_size else 1,
         vocabulary=of.padded_vocab_size or 0,
     )
 

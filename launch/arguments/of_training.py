@@ -82,8 +82,24 @@ def _read_schedule(of: Values, unit: int) -> tuple[tuple[int, int], ...]:
     return () if wrong or ramp else schedule
 
 
-def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple[Steps, Optimizer]:
+def _read_evaluation(of: Values, batch: Batch, ranks: Ranks) -> tuple[int, int]:
+    """Micro-batch and global batch of an evaluation, in samples: training's where nothing else is said."""
+    micro, size = of.eval_micro_batch_size or batch.micro, of.eval_global_batch_size or batch.global_size
+    unit = micro * max(1, ranks.data)
+    trains = batch.global_size % (batch.micro * max(1, ranks.data)) == 0  # else that is the fault
+    if size % unit and trains and of.known("micro_batch_size", "global_batch_size"):
+        of.faults.append(
+            f"evaluation by --eval-micro-batch-size {micro} x {ranks.data} data-parallel replicas and "
+            f"--eval-global-batch-size {size} (training's sizes where not given): the second must be a multiple of "
+            f"{unit}; use {max(unit, size // unit * unit)} or {(size // unit + 1) * unit}"
+        )
+        return batch.micro, batch.global_size
+    return micro, size
+
+
+def read_steps(of: Values, batch: Batch, model: Model, ranks: Ranks, start: Position) -> tuple[Steps, Optimizer]:
     """``start``: where the run goes on, so that iterations are turned into the samples that they take there."""
+    eval_micro, eval_size = _read_evaluation(of, batch, ranks)
     course = Course(batch, start)
     lengths = [n for n in ("train_iters", "train_samples", "train_tokens") if of.values[n]]
     samples = of.train_samples or (of.train_tokens or 0) // model.sequence
@@ -122,6 +138,8 @@ def read_steps(of: Values, batch: Batch, model: Model, start: Position) -> tuple
             by_samples=by_samples,
             in_iterations=_in_iterations(of),
             eval_every=of.eval_interval or 1000,
+            eval_micro=eval_micro,
+            eval_size=eval_size,
             exit_signals=signals,
             recompute=recompute,
             recompute_layers=recompute_layers,

@@ -111,6 +111,10 @@ class Steps:
             follows from it (`progress`).
         by_samples: whether samples (or tokens) were given.
         in_iterations: options that gave a length in iterations, with their values.
+        eval_from: first iteration after which validation is run, if ``eval_every`` names it too; None for 0. The one at
+            the end is run in any case.
+        eval_micro, eval_size: samples of its micro-batches and of its global batches, of which it takes
+            ``eval_iterations``.
         recompute: ``None``, ``uniform`` or ``block``; ``recompute_layers`` a chunk, or so many of each stage.
     """
 
@@ -120,6 +124,9 @@ class Steps:
     in_iterations: tuple[str, ...]
     eval_every: int
     eval_iterations: int
+    eval_from: int | None
+    eval_micro: int
+    eval_size: int
     save_every: int | None
     log_every: int
     exit_every: int | None
@@ -251,6 +258,8 @@ class Settings:
     """A run.
 
     Attributes:
+        layers_by_stage: transformer layers of every stage, in order. The embedding is the first one's, the final norm
+            and the output layer are the last one's.
         deepspeed: the config that ``deepspeed.initialize`` gets.
         block: its ``async_pipeline`` block; None where DeepSpeed's own pipeline runs.
         notes: what to say at the start.
@@ -258,6 +267,7 @@ class Settings:
 
     model: Model
     ranks: Ranks
+    layers_by_stage: tuple[int, ...]
     batch: Batch
     steps: Steps
     optimizer: Optimizer

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from noflush.launch.arguments.deepspeed_config import complete, read_config
 from noflush.launch.arguments.of_files import read_checkpoints, read_data, read_logs, read_start, read_tokens
 from noflush.launch.arguments.of_model import read_model, read_ranks
+from noflush.launch.arguments.of_stages import read_layers_by_stage
 from noflush.launch.arguments.of_training import read_batch, read_steps
 from noflush.launch.arguments.parser import ArgumentsError, read
 from noflush.launch.arguments.pipelining import checked_block
@@ -28,9 +29,10 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     config = read_config(of.deepspeed_config, of.faults)
     ranks = read_ranks(of, world)
     model = read_model(of, ranks)
+    layers_by_stage = read_layers_by_stage(of, model.layers, ranks)
     batch = read_batch(of, config, ranks)
     checkpoints = read_checkpoints(of)
-    steps, optimizer = read_steps(of, batch, model, read_start(of, checkpoints))
+    steps, optimizer = read_steps(of, batch, model, ranks, read_start(of, checkpoints))
     precision: Literal["fp32", "bf16", "fp16"] = "fp16" if of.fp16 else "bf16" if of.bf16 else "fp32"
     if of.fp16 and of.bf16:
         of.faults.append("--fp16 and --bf16: give one")
@@ -42,6 +44,7 @@ def understand(argv: list[str], world: int) -> tuple[Settings, dict[str, list[st
     settings = Settings(
         model=model,
         ranks=ranks,
+        layers_by_stage=layers_by_stage,
         batch=batch,
         steps=steps,
         optimizer=optimizer,

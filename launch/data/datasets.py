@@ -19,6 +19,7 @@ from noflush.launch.data.index import read_index
 from noflush.launch.data.token_ids import fault, first_outside
 from noflush.launch.data.tokenizer import Tokenizer
 from noflush.launch.refusal import RefusedError
+from noflush.launch.training.evaluations import evaluations_until
 
 
 class CheckedDataset(IndexedDataset):  # type: ignore[misc]
@@ -57,9 +58,10 @@ class GPTDataset(gpt_dataset.GPTDataset):  # type: ignore[misc]
 
 def samples_needed(settings: Settings) -> tuple[int, int, int]:
     """Training, validation and test samples that a run reads, as Megatron counts them."""
-    steps, size = settings.steps, settings.batch.global_size
-    evaluations = steps.iterations // steps.eval_every + 1
-    return steps.samples, evaluations * steps.eval_iterations * size, steps.eval_iterations * size
+    steps = settings.steps
+    evaluation = steps.eval_iterations * steps.eval_size
+    before_the_last = evaluations_until(steps.iterations, steps.eval_every, steps.eval_from)
+    return steps.samples, (before_the_last + 1) * evaluation, evaluation
 
 
 def _of_data(tokenizer: Tokenizer, prefixes: Sequence[str]) -> Tokenizer:

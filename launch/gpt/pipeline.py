@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from noflush.launch.arguments.settings import Model, Settings
 from noflush.launch.gpt.config import layer_spec, transformer_config
 from noflush.launch.gpt.layers import Block, Embedding, FinalNorm, Head, NextTokenLoss, tied_head
 from noflush.launch.gpt.matrices import mark_matrices
+from noflush.patches.deepspeed.cut_module import CutPipelineModule
 
 
 class _Seeded:
@@ -47,24 +50,21 @@ def layer_specs(
     model: Model,
     seed: int,
     tensor_parallel: int = 1,
-    stages: int = 1,
-    recomputed: int = 0,
+    recomputed: Container[int] = (),
 ) -> list[LayerSpec]:
     """Embedding, ``model.layers`` blocks, final norm and output layer, none built yet.
 
-    ``recomputed``: so many first blocks of every stage recompute their activations.
+    ``recomputed``: numbers of the blocks, from 1, that recompute their activations.
     """
     config = transformer_config(model, tensor_parallel)
     spec = layer_spec(model)
-    per_stage = model.layers // stages
     # Seeds far apart, so that runs with neighbouring seeds share no layer's draws.
     seeds = [seed * 100_003 + number for number in range(model.layers + 2)]
     layers: list[LayerSpec] = [
         _TiedEmbedding(seeds[0], config, model) if model.tied else SeededLayer(seeds[0], Embedding, config, model)
     ]
     for number in range(1, model.layers + 1):
-        recompute = (number - 1) % per_stage < recomputed
-        layers.append(SeededLayer(seeds[number], Block, config, spec, model, number, recompute))
+        layers.append(SeededLayer(seeds[number], Block, config, spec, model, number, number in recomputed))
     layers.append(SeededLayer(seeds[-1], FinalNorm, config))
     if model.tied:
         layers.append(_TiedEmbedding(seeds[0], config, model, forward_fn=tied_head))
@@ -78,21 +78,27 @@ def next_token_loss(model: Model) -> NextTokenLoss:
     return NextTokenLoss(model.loss_in_low_precision, model.token_ids if model.vocabulary_padding else None)
 
 
+def recomputing(settings: Settings) -> set[int]:
+    """Numbers of the transformer layers that recompute their activations: so many first ones of every stage."""
+    steps, by_stage = settings.steps, settings.layers_by_stage
+    most = {None: 0, "block": steps.recompute_layers, "uniform": settings.model.layers}[steps.recompute]
+    found: set[int] = set()
+    for layers, end in zip(by_stage, accumulate(by_stage), strict=True):
+        before = end - layers
+        found |= {*range(before + 1, before + 1 + min(most, layers))}
+    return found
+
+
 def build_pipeline(settings: Settings) -> PipelineModule:
     """The run's module on this rank. torch.distributed and megatron-core's groups must be there."""
     steps, ranks = settings.steps, settings.ranks
     topology = PipeModelDataParallelTopology(num_pp=ranks.pipeline, num_mp=ranks.tensor, num_dp=ranks.data)
-    module = PipelineModule(
-        layers=layer_specs(
-            settings.model,
-            steps.seed,
-            ranks.tensor,
-            ranks.pipeline,
-            {None: 0, "block": steps.recompute_layers, "uniform": settings.model.layers}[steps.recompute],
-        ),
+    layers = layer_specs(settings.model, steps.seed, ranks.tensor, recomputing(settings))
+    module = CutPipelineModule(
+        layers=layers,
+        parts=[0, *(1 + end for end in accumulate(settings.layers_by_stage[:-1])), len(layers)],
         topology=topology,
         loss_fn=next_token_loss(settings.model),
-        partition_method="type:Block",
         seed_layers=False,
     )
     mark_matrices(module, settings.model, ranks.tensor, settings.optimizer.split_qkv)

@@ -31,21 +31,21 @@ def parameters_of_layer(model: Model, tensor: int = 1) -> int:
     return count
 
 
-def parameters_by_stage(model: Model, stages: int, tensor: int = 1) -> list[int]:
+def parameters_by_stage(model: Model, layers_by_stage: Sequence[int], tensor: int = 1) -> list[int]:
     """Weights of every stage on one of ``tensor`` slices; a tied embedding counts on both its stages."""
-    counts = [model.layers // stages * parameters_of_layer(model, tensor)] * stages
+    counts = [layers * parameters_of_layer(model, tensor) for layers in layers_by_stage]
     words = model.vocabulary // tensor * model.hidden
     positions = model.max_positions * model.hidden if model.positions == "learned_absolute" else 0
     norm = model.hidden * (2 if model.normalization == "LayerNorm" else 1)
     counts[0] += words + positions
     # DeepSpeed builds a tied layer whole on both stages, its positions included.
-    counts[-1] += norm + (0 if model.tied and stages == 1 else words + (positions if model.tied else 0))
+    counts[-1] += norm + (0 if model.tied and len(counts) == 1 else words + (positions if model.tied else 0))
     return counts
 
 
 def parameters(model: Model) -> int:
     """Weights of the whole model; a tied embedding counts once."""
-    return sum(parameters_by_stage(model, 1))
+    return sum(parameters_by_stage(model, [model.layers]))
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,20 @@ def bytes_by_stage(settings: Settings, schedule: Schedule) -> list[StageBytes]:
     gradient = 4 if (settings.deepspeed.get("data_types") or {}).get("grad_accum_dtype") == "fp32" else width
     moment = 2 if _moments_in_bf16(settings) else 4
     found = []
-    for stage, count in enumerate(parameters_by_stage(model, ranks.pipeline, ranks.tensor)):
+    for stage, count in enumerate(parameters_by_stage(model, settings.layers_by_stage, ranks.tensor)):
         state = 2 * moment + (_MASTER if width == 2 else 0)
         owned = count
         if model.tied and 0 < stage == ranks.pipeline - 1 and not schedule.flushes:
             owned -= model.vocabulary // ranks.tensor * model.hidden  # read, not updated
         weights = count * (width + gradient) + owned * state // sharded
         stash = owned * width * (schedule.versions_alive(stage) - 1)
-        layers = model.layers // ranks.pipeline
-        held = schedule.in_flight(stage) * _activations(settings, layers, width)
+        held = schedule.in_flight(stage) * _activations(settings, settings.layers_by_stage[stage], width)
         if settings.steps.recompute is not None:
             held += _of_layer(settings, width)  # the one being recomputed
         if stage == ranks.pipeline - 1:
             # Logits, once in the model's dtype and once in float32 for the loss.
-            held += model.sequence * settings.batch.micro * model.vocabulary // ranks.tensor * (width + 4)
+            samples = max(settings.batch.micro, settings.steps.eval_micro if settings.steps.eval_iterations else 0)
+            held += model.sequence * samples * model.vocabulary // ranks.tensor * (width + 4)
         found.append(StageBytes(weights, stash, held))
     return found
 

@@ -23,6 +23,7 @@ from noflush.launch.data.order import SampleOrder
 from noflush.launch.refusal import RefusedError
 from noflush.launch.signals import Signals
 from noflush.launch.training import checkpoint
+from noflush.launch.training.evaluations import evaluated_before, evaluates_at, start_within
 from noflush.launch.training.folder_lock import FolderLock
 from noflush.launch.training.late_lines import LateLines
 from noflush.launch.training.log_line import (
@@ -113,7 +114,7 @@ class Training:
     def _train_on(self) -> str | None:
         steps, position = self.settings.steps, self.position
         self._join_groups()
-        data = self._stream(self._train, position.consumed, of_group=True)
+        data = self._stream(self._train, position.consumed, self.settings.batch.micro, of_group=True)
         self._log_start()
         reason = None
         while not self._done():
@@ -128,7 +129,7 @@ class Training:
             self._lines.say(before=position.iteration)
             if position.iteration % steps.log_every == 0:
                 self._log(size)
-            if steps.eval_iterations and position.iteration % steps.eval_every == 0 and not self._done():
+            if steps.eval_iterations and evaluates_at(position.iteration, steps) and not self._done():
                 self.say_rest()
                 self._evaluate("validation", self._valid, position.iteration)
             if steps.save_every and position.iteration % steps.save_every == 0 and not self._done():
@@ -156,7 +157,7 @@ class Training:
         while self.position.iteration < self.engine.global_steps:
             self.position.advance(batch_size_at(self.settings.batch, self.position.consumed))
 
-    def _stream(self, dataset: Any, consumed: int, of_group: bool = False) -> MicroBatches | None:
+    def _stream(self, dataset: Any, consumed: int, micro: int, of_group: bool = False) -> MicroBatches | None:
         """Micro-batches of ``dataset``; ``of_group``: of the order that all groups share, where there are any."""
         if dataset is None:
             return None
@@ -168,7 +169,7 @@ class Training:
         order = SampleOrder(
             len(dataset),
             consumed,
-            settings.batch.micro,
+            micro,
             grid.get_data_parallel_rank(),
             grid.get_data_parallel_world_size(),
             settings.data.order == "cyclic",
@@ -199,14 +200,18 @@ class Training:
     def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:
         """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""
         steps, position = self.settings.steps, self.position
-        needed = steps.eval_iterations * self.settings.batch.global_size
-        start = evaluated_before(iteration, steps.eval_every, needed) if name == "validation" else 0
-        data = None if dataset is None else self._stream(dataset, _start_within(len(dataset), start, needed))
+        needed, micro = steps.eval_iterations * steps.eval_size, steps.eval_micro
+        start = evaluated_before(iteration, steps.eval_every, needed, steps.eval_from) if name == "validation" else 0
+        data = None if dataset is None else self._stream(dataset, start_within(len(dataset), start, needed), micro)
         if not _agreed(self.engine, dataset is not None):
             return
         # All micro-batches in one go: the evaluation's own pipeline fills once.
-        count = needed // (self.settings.batch.micro * self.settings.ranks.data)
+        count = needed // (micro * self.settings.ranks.data)
+        if micro != self.settings.batch.micro:  # DeepSpeed's own pipeline asks for shapes once
+            self.engine.reset_activation_shape()
         loss = self.engine.eval_batch(data, num_micro_batches=count, bcast_loss=False)
+        if micro != self.settings.batch.micro:
+            self.engine.reset_activation_shape()
         if data is not None:
             data.close()
         if self._logs:
@@ -283,25 +288,6 @@ class Training:
 def _scale(engine: Any) -> float:
     optimizer = engine.optimizer
     return float(getattr(optimizer, "cur_scale", None) or getattr(optimizer, "loss_scale", None) or 1.0)
-
-
-def evaluated_before(iteration: int, every: int, needed: int) -> int:
-    """Samples of the evaluations before the one at ``iteration``, each of ``needed``.
-
-    From the iteration alone, so that a resumed run evaluates as one that was not stopped; with ``--skip-train`` it may
-    be 0.
-    """
-    return max(0, iteration - 1) // every * needed
-
-
-def _start_within(samples: int, start: int, needed: int) -> int:
-    """``start``, or where ``needed`` samples are left if ``samples`` end before (after a longer --eval-interval)."""
-    if needed > samples:
-        raise RefusedError(
-            f"an evaluation of --eval-iters global batches needs {needed} samples, and there are {samples}: lower "
-            "--eval-iters, or give more validation data"
-        )
-    return start if start + needed <= samples else start % (samples - needed + 1)
 
 
 def _agreed(engine: Any, mine: bool) -> bool:

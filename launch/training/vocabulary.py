@@ -21,7 +21,7 @@ def with_vocabulary(settings: Settings, token_ids: int) -> Settings:
     """``settings`` with the model's vocabulary known, for a tokenizer of ``token_ids`` ids; notes say what is unusual.
 
     A run that resumes a checkpoint from before padding was told apart goes on as it began: all rows have a probability.
-    Raises ValueError if the tokenizer has more ids than there are rows.
+    Raises ValueError if the tokenizer has more ids than there are rows, or rows do not divide by the tensor slices.
     """
     given = settings.model
     rows = given.vocabulary or padded_vocabulary(token_ids, given.pad_vocabulary_to)
@@ -29,6 +29,11 @@ def with_vocabulary(settings: Settings, token_ids: int) -> Settings:
         raise ValueError(
             f"--padded-vocab-size {rows} for a tokenizer with {token_ids} token ids: it must be that or more; leave it "
             "out to have it worked out"
+        )
+    if rows % settings.ranks.tensor:
+        raise ValueError(
+            f"--no-pad-vocab-size with a tokenizer of {token_ids} token ids on --tensor-model-parallel-size "
+            f"{settings.ranks.tensor}: they must be a multiple of it; leave the first out"
         )
     model = dataclasses.replace(given, vocabulary=rows, vocabulary_padding=rows - token_ids)
     there = _loaded_model(settings.checkpoints)

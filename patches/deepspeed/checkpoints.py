@@ -25,7 +25,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
     Attributes:
         saves: its checkpoints on their way to the disk.
-        recut: whether the checkpoint that was loaded last was of other stages or replicas.
+        recut: whether the checkpoint that was loaded last was of other stages, or of as many with other layers, or of
+            other replicas.
     """
 
     saves: Saves
@@ -72,7 +73,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
         self._nf_write_events(before=sys.maxsize)
         stage.guard.saved_to = save_dir
 
-        state = dict(client_state or {})
+        # numpy's numbers are no plain values, of which a checkpoint is made.
+        state = dict(client_state or {}) | {recut.PARTS: [int(part) for part in self.module.parts]}
         if not stage.weights.has_masters:
             groups = stage.weights.rule.param_groups
             state[recut.PARAMETERS] = [self.param_names.get(p, "") for group in groups for p in group["params"]]
@@ -109,7 +111,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
         As DeepSpeed's it unpickles whatever the files hold: load only what you trust (launch/ looks first).
         Forgets what belongs to the run before: micro-batches kept after `DataExhausted`, the last known loss.
 
-        A checkpoint of other stages or replicas is re-cut by layer (`recut`), and the pipeline fills anew.
+        A checkpoint of other stages, other layers a stage or other replicas is re-cut by layer (`recut`), and the
+        pipeline fills anew.
 
         Raises:
             CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
@@ -144,7 +147,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
             if result[0] is None:  # nothing was loaded
                 rule.state.update(kept)
             elif result[1] is not None:
-                result[1].pop(recut.PARAMETERS, None)
+                for own in (recut.PARAMETERS, recut.PARTS):
+                    result[1].pop(own, None)
             if isinstance(rule, DelayAwareOptimizer):
                 rule.adopt_state()
         stage = self._nf_stage

@@ -76,11 +76,7 @@ def faults_of_host_config(ds: Mapping[str, Any]) -> list[str]:
         )
     if at(ds, "amp", "enabled"):
         faults.append("amp.enabled is true: its gradient scaler spans the pipeline; use bf16 or fp16")
-    if at(ds, "curriculum_learning", "enabled") or at(ds, "data_efficiency", "enabled"):
-        faults.append(
-            "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; "
-            "switch curriculum_learning and data_efficiency off"
-        )
+    faults += _faults_of_data_efficiency(ds)
     if at(ds, "compile", "deepcompile"):
         faults.append("compile.deepcompile is true: it rewrites where parameters live; switch it off")
     if ds.get("managed_gradient_accumulation", True) is not True:
@@ -107,6 +103,37 @@ def flattened_by(ds: Mapping[str, Any]) -> str | None:
 
 
 _ACCUMULATE = {"fp32": "fp32", "float32": "fp32", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16"}
+
+
+_DATA_EFFICIENCY = {
+    "curriculum_learning": (
+        "curriculum learning is enabled: it changes the shape of micro-batches while others are in flight; switch it "
+        "off, and pad micro-batches to one length"
+    ),
+    "data_efficiency.data_sampling.curriculum_learning": (
+        "curriculum learning is enabled: which samples come, and of what length, follows the number of calls, and its "
+        "sampler speaks with other replicas in between; switch it off, and pad micro-batches to one length"
+    ),
+    "data_efficiency.data_sampling.dynamic_batching": (
+        "dynamic batching is enabled: it changes the shape of micro-batches while others are in flight; switch it off"
+    ),
+    "data_efficiency.data_routing.random_ltd": (
+        "random layerwise token dropping is enabled: how many tokens its layers keep follows the number of calls, not "
+        "that of a micro-batch in flight; switch it off"
+    ),
+}
+
+
+def _faults_of_data_efficiency(ds: Mapping[str, Any]) -> list[str]:
+    """Of what changes micro-batches, or what layers take of them, as training goes on.
+
+    DeepSpeed reads each inner section's ``enabled``, whatever ``data_efficiency.enabled`` says.
+    """
+    given = [path for path in _DATA_EFFICIENCY if at(ds, *path.split("."), "enabled")]
+    faults = [f"{path}.enabled is true: {_DATA_EFFICIENCY[path]}" for path in given]
+    if not faults and at(ds, "data_efficiency", "enabled"):
+        return ["data_efficiency.enabled is true, and none of its parts can be had without a flush; take it out"]
+    return faults
 
 
 def _faults_of_precision(ds: Mapping[str, Any], zero: int) -> list[str]:

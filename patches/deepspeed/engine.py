@@ -1,8 +1,8 @@
 """DeepSpeed's pipeline engine, running without a flush.
 
-This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports, and evaluation.
-Checkpoints are in `checkpoints`, forward and backward of a micro-batch in `work`, all that needs no host in a
-`stage.Stage`.
+This file joins noflush to DeepSpeed: construction, the `train_batch` contract, counters and reports. Checkpoints are in
+`checkpoints`, `eval_batch` in `evaluation`, forward and backward of a micro-batch in `work`, and all that needs no host
+in a `stage.Stage`.
 Attributes of its own are prefixed ``_nf_``, because DeepSpeed's class is large and free with names.
 """
 
@@ -25,6 +25,7 @@ from noflush.methods.table import METHODS, load
 from noflush.order.schedule import Schedule
 from noflush.patches.deepspeed.assembly import make_stage
 from noflush.patches.deepspeed.checkpoints import Checkpoints
+from noflush.patches.deepspeed.evaluation import Evaluation
 from noflush.patches.deepspeed.groups import Group
 from noflush.patches.deepspeed.saving import Saves
 from noflush.patches.deepspeed.whole_matrices import arrange
@@ -42,7 +43,7 @@ def _say(line: str) -> None:
     print(line, flush=True)  # noqa: T201
 
 
-class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
+class NoFlushEngine(Checkpoints, Evaluation, PipelineEngine):  # type: ignore[misc]
     """A `PipelineEngine` whose pipeline stays full across `train_batch` calls.
 
     Built by `deepspeed.initialize` when the config has an enabled ``async_pipeline`` block. Beyond DeepSpeed's
@@ -50,7 +51,6 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
 
     Attributes:
         has_one_norm: whether all stages share one gradient norm.
-        evaluating: whether `eval_batch` is running.
         batch_of_stage: the micro-batch that is about to go forward.
         loss_names: of the module's additional losses.
 
@@ -81,7 +81,6 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
         host_config.wall_clock_breakdown = False
         super().__init__(*args, **kwargs)
         assert schedule.gas == self.micro_batches, (schedule, self.micro_batches)
-        self.evaluating = False
         self.batch_of_stage: Any = None
         self._nf_samples_per_call = self.train_batch_size()
         self._nf_events: list[tuple[str, float, int]] = []
@@ -369,27 +368,6 @@ class NoFlushEngine(Checkpoints, PipelineEngine):  # type: ignore[misc]
             self.monitor.write_events(events)
 
     # ---- evaluation, and another batch size ----------------------------------------------------------------------
-
-    def eval_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's; training's micro-batches stay in flight and are not disturbed.
-
-        Every stage evaluates with its newest weights (the true ones, not what a look-ahead has forwards use), and a
-        later stage has made up to ceil(L/K) updates more than stage 0. Call `drain` first to evaluate one version
-        everywhere.
-        """
-        training = self.pipe_buffers, self.num_pipe_buffers, self.module.training
-        self.pipe_buffers = {kind: [] for kind in self.pipe_buffers}
-        self.num_pipe_buffers = 0
-        self.reset_activation_shape()
-        self.evaluating = True
-        try:
-            with self._nf_stage.on_duty(), self._nf_stage.evaluating():
-                return super().eval_batch(*args, **kwargs)
-        finally:
-            self.evaluating = False
-            self.pipe_buffers, self.num_pipe_buffers, was_training = training
-            self.total_loss = self.total_additional_losses = None
-            self.module.train(was_training)
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """As DeepSpeed's: changes K = gradient_accumulation_steps, on all ranks at the same call.

@@ -185,6 +185,7 @@ def _faults_of_facts(facts: RunFacts) -> list[str]:
         faults.append(f"ZeRO stage {facts.zero_stage} as DeepSpeed reads zero_optimization: use stage 0 or 1")
     if facts.dynamic_shape:
         faults.append(
-            "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; pad to one shape"
+            "dynamic_shape=True: shapes are agreed once, so that receives can be posted early; leave it out, and pad "
+            "to one shape"
         )
     return faults

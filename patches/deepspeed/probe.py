@@ -27,6 +27,7 @@ TIED = ("deepspeed.runtime.pipe.module", "TiedLayerSpec")
 NEEDED: dict[Owner, str] = {
     ENGINE: """
         _compute_loss _config _configure_basic_optimizer _configure_bf16_optimizer _configure_zero_optimizer
+        _INSTRUCTION_MAP _exec_send_activations
         _copy_recovery_script checkpoint_engine load_universal_checkpoint local_rank use_node_local_storage
         _exec_backward_pass _exec_forward_pass _exec_load_micro_batch
         _exec_reduce_grads _exec_reduce_tied_grads _exec_schedule _global_grad_norm _is_supported_optimizer _next_batch
@@ -42,8 +43,8 @@ NEEDED: dict[Owner, str] = {
         train_batch_size train_micro_batch_size_per_gpu using_bf16_optimizer zero_optimization
     """,
     MODULE: """
-        _layer_specs dynamic_shape get_additional_losses load_state_dir num_stages parts stage_id tied_comms
-        tied_modules tied_weight_attrs
+        _layer_specs _partition_layers _set_bounds dynamic_shape get_additional_losses load_state_dir num_stages parts
+        stage_id tied_comms tied_modules tied_weight_attrs
     """,
     GRID: """
         _topo get_data_parallel_group get_data_parallel_rank get_model_parallel_group get_model_parallel_rank

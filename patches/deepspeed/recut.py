@@ -1,4 +1,4 @@
-"""A checkpoint of another number of stages or replicas, re-cut by layer.
+"""A checkpoint of other stages (their number, or which layers each had) or replicas, re-cut by layer.
 
 DeepSpeed's files of weights are a layer each, whatever the stages. Optimizer state is read here by the names of
 parameters, from all old stages' files and all their replicas' shards, and put into this run's optimizer. What was in
@@ -26,20 +26,28 @@ logger = logging.getLogger("noflush")
 
 PARAMETERS = "noflush_parameters"
 """In DeepSpeed's file of a stage: names of the parameters of an optimizer that numbers them."""
+PARTS = "noflush_parts"
+"""In DeepSpeed's file of a stage: where the module was cut, as its ``parts``."""
 # What DeepSpeed keeps to itself of such a file; the rest is the script's.
 _OWN = {
     *("module", "optimizer", "lr_scheduler", "sparse_tensor_module_names", "skipped_steps", "global_steps"),
-    *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd", PARAMETERS),
+    *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd", PARAMETERS, PARTS),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a run was split when it wrote a checkpoint: replicas are 0 where no file depends on their number."""
+    """How a run was split when it wrote a checkpoint.
+
+    Attributes:
+        replicas: 0 where no file depends on their number.
+        parts: where its list of layers was cut, as `PipelineModule.parts`; None if the checkpoint does not say.
+    """
 
     stages: int
     slices: int
     replicas: int
+    parts: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -59,7 +67,8 @@ def shape_of(folder: Path) -> Shape | None:
     if not layers or parts < slices:  # weights alone, which launch/convert_checkpoint.py imports, have one part
         return None
     shards = [int(m[1]) for f in _shards(folder, 0) if (m := re.search(r"zero_pp_rank_(\d+)_", f.name))]
-    return Shape(parts // slices, slices, max(shards, default=-1) + 1)
+    cut = _read(first).get(PARTS) if (first := _stage_file(folder, 0)).is_file() else None
+    return Shape(parts // slices, slices, max(shards, default=-1) + 1, None if cut is None else tuple(cut))
 
 
 def other_shape(engine: Any, folder: Path) -> Shape | None:
@@ -72,7 +81,7 @@ def other_shape(engine: Any, folder: Path) -> Shape | None:
         return None
     slices = engine.grid.get_slice_parallel_world_size()
     same_replicas = there.replicas in (0, engine.dp_world_size)
-    if there.stages == engine.num_stages and same_replicas:
+    if there.stages == engine.num_stages and same_replicas and _cut_alike(engine.module.parts, folder, there):
         return None  # another tensor parallelism is DeepSpeed's to refuse
     if there.slices != slices:
         raise CheckpointError(
@@ -81,6 +90,23 @@ def other_shape(engine: Any, folder: Path) -> Shape | None:
             "launch/convert_checkpoint.py"
         )
     return there
+
+
+def _cut_alike(parts: list[int], folder: Path, there: Shape) -> bool:
+    """Whether the stages ``there``, as many as here, had the layers that they have with ``parts``.
+
+    A checkpoint that does not say where it was cut, of stock DeepSpeed or an older noflush, may name the parameters of
+    every stage, of which those in no tie begin with their layer's number.
+    """
+    if there.parts is not None:
+        return list(there.parts) == parts
+    for stage in range(there.stages):
+        file = _read(_stage_file(folder, stage * there.slices))
+        names = file.get(PARAMETERS) or [name for group in file.get("param_shapes") or () for name in group]
+        layers = {int(name.split(".")[0]) for name in names if name.split(".")[0].isdecimal()}
+        if not layers <= {*range(parts[stage], parts[stage + 1])}:
+            return False
+    return True
 
 
 def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: bool) -> dict[str, Any]:
@@ -100,7 +126,8 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
     parts = [stage * there.slices + slice_rank for stage in range(there.stages)]
     kept: dict[str, _Kept] = {}
     for part in parts:
-        _collect(folder, part, kept)
+        # Of a tied module's own parameters the first stage's are in use; the others' have the same names.
+        kept = _collect(folder, part) | kept
     _fill(engine, kept, folder)
     first, last = _read(_stage_file(folder, parts[0])), _read(_stage_file(folder, parts[-1]))
     if with_schedule and engine.lr_scheduler is not None and last.get("lr_scheduler") is not None:
@@ -114,10 +141,12 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
     engine.global_steps, engine.skipped_steps = first["global_steps"], first["skipped_steps"]
     engine.global_samples = first.get("global_samples", first["global_steps"] * engine.train_batch_size())
     if engine.global_rank == 0:
+        moved = there.stages == engine.num_stages and there.parts != tuple(engine.module.parts)
         logger.warning(
-            "noflush: %s was written by %d stages%s: re-cut by layer for %d stages of %d; the pipeline fills anew",
-            folder, there.stages, f" of {there.replicas} replicas" * bool(there.replicas), engine.num_stages,
-            engine.dp_world_size,
+            "noflush: %s was written by %d stages%s%s: re-cut by layer for %d stages of %d; the pipeline fills anew",
+            folder, there.stages, f" of {there.replicas} replicas" * bool(there.replicas),
+            " that had other layers" * moved,
+            engine.num_stages, engine.dp_world_size,
         )  # fmt: skip
     return {key: value for key, value in first.items() if key not in _OWN}
 
@@ -138,7 +167,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
+def _collect(folder: Path, part: int) -> dict[str, _Kept]:
+    """What the files of one old stage have of its parameters."""
+    kept: dict[str, _Kept] = {}
     shards = _shards(folder, part)
     if not shards:
         file = _read(_stage_file(folder, part))
@@ -152,7 +183,7 @@ def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
         rates = {n: group["lr"] for group in file["optimizer"]["param_groups"] for n in group["params"]}
         for number, state in file["optimizer"]["state"].items():
             kept[names[number]] = _Kept(None, dict(state), rates[number])
-        return
+        return kept
     for shard in shards:
         of_shard = _read(shard)["optimizer_state_dict"]
         state, groups = of_shard["base_optimizer_state"]["state"], of_shard["base_optimizer_state"]["param_groups"]
@@ -169,8 +200,9 @@ def _collect(folder: Path, part: int, kept: dict[str, _Kept]) -> None:
                     else:
                         raise CheckpointError(
                             f"checkpoint {folder}: {key} of {name} lies in a shard by matrices, and cannot be re-cut; "
-                            "go on with as many stages and replicas"
+                            "go on with the same stages, layers of each and replicas"
                         )
+    return kept
 
 
 def _join(before: Tensor | None, flat: Tensor, piece: Any) -> Tensor:

@@ -16,6 +16,7 @@ EXPRESSIONS = {
                "work.py self._engine", "work.py PipelineEngine", "megatron_deepspeed.py engine",
                "checkpoints.py self", "checkpoints.py super()", "checkpoints.py super(Checkpoints, self)",
                "groups.py engine", "groups.py self._engine",
+               "evaluation.py self", "evaluation.py super()", "evaluation.py PipelineEngine",
                "in_flight.py engine", "recut.py engine", "saving.py engine", "saving.py self._engine"),
     "grid": (
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
@@ -27,7 +28,8 @@ EXPRESSIONS = {
         *("engine.py self.module", "engine.py kwargs['model']", "assembly.py engine.module"),
         *("seam.py model", "seam.py kwargs['model']", "shared_modules.py model"),
         *("muon_section.py kwargs['model']", "megatron_matrices.py model"),
-        *("ties.py model", "recut.py engine.module"),
+        *("ties.py model", "recut.py engine.module", "cut_module.py self"),
+        *("checkpoints.py self.module", "evaluation.py self.module"),
     ),
     "config": (
         *("engine.py host_config", "work.py self._engine._config"),
@@ -82,8 +84,12 @@ OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", 
 TORCHS = {
     "module": {"train", "training", "parameters", "named_parameters", "named_modules", "get_submodule"},
 }
-OF_PROTOCOLS = {"engine": {"_exec_schedule"}, "scaler": {"dynamic", "update_scale"}}
-"""`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler."""
+OF_PROTOCOLS = {
+    "engine": {"_exec_schedule"},
+    "scaler": {"dynamic", "update_scale"},
+    "module": {"_partition_layers"},
+}
+"""`eval_batch` runs DeepSpeed's own schedule; what `stage.loss_scale` asks of a scaler; where a module is cut."""
 
 
 def used(owner):
@@ -95,9 +101,9 @@ def used(owner):
     if owner == "engine":
         ours = [
             node
-            for file in ("engine.py", "checkpoints.py")
+            for file in ("engine.py", "checkpoints.py", "evaluation.py")
             for node in ast.walk(ast.parse((WING / file).read_text()))
-            if isinstance(node, ast.ClassDef) and node.name in ("NoFlushEngine", "Checkpoints")
+            if isinstance(node, ast.ClassDef) and node.name in ("NoFlushEngine", "Checkpoints", "Evaluation")
         ]
         own = {f.name for of in ours for f in of.body if isinstance(f, ast.FunctionDef)}
         called_above = {

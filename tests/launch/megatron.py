@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import torch
@@ -109,8 +110,8 @@ def simulate(rank, run, calls):
     for layer in layers:
         mark_matrices(layer, run.model, 1, run.optimizer.split_qkv)
     stages = run.ranks.pipeline
-    per_stage = run.model.layers // stages
-    parts = [layers[1 + s * per_stage : 1 + (s + 1) * per_stage] for s in range(stages)]
+    ends = list(itertools.accumulate(run.layers_by_stage))
+    parts = [layers[1 + end - count : 1 + end] for end, count in zip(ends, run.layers_by_stage, strict=True)]
     parts[0] = layers[:1] + parts[0]
     parts[-1] = parts[-1] + layers[-2:]
     shared = []

@@ -180,6 +180,11 @@ def test_every_option_parses():
         ("--checkpoint-activations", "steps.recompute", "uniform"),
         ("--exit-signal-handler --exit-signal SIGINT", "steps.exit_signals", (2, 10)),
         ("--eval-iters 7", "steps.eval_iterations", 7),
+        ("", "steps.eval_size", 4),
+        ("--eval-global-batch-size 12", "steps.eval_size", 12),
+        ("--eval-micro-batch-size 2 --eval-global-batch-size 8", "steps.eval_micro", 2),
+        ("--start-eval-at-iter 5", "steps.eval_from", 5),
+        ("--no-pad-vocab-size", "model.pad_vocabulary_to", 1),
         ("--seed 5", "steps.seed", 5),
         ("--dataloader-type cyclic", "data.order", "cyclic"),
         ("--num-workers 0", "data.workers", 0),
@@ -212,6 +217,10 @@ def test_values_reach_the_settings(words, path, value):
         ("--accumulate-allreduce-grads-in-fp32", "--accumulate-allreduce-grads-in-fp32: without effect in fp32"),
         ("--exit-signal SIGINT", "--exit-signal: without effect"),
         ("--wandb-exp-name x", "--wandb-exp-name: without effect, for there is no --wandb-project"),
+        (
+            "--no-pad-vocab-size --make-vocab-size-divisible-by 8",
+            "--make-vocab-size-divisible-by: without effect, for there is no padding of the vocabulary",
+        ),
     ],
 )
 def test_what_takes_no_effect_for_want_of_another_option_is_said(words, note):

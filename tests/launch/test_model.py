@@ -193,5 +193,6 @@ def test_weights_are_counted_without_building_them(arguments, tensor, tmp_path):
 
     run = settings(f"{arguments} --tensor-model-parallel-size {tensor}", tensor, tmp_path)
     built = run_ranks(_weights, tensor, run=run)[0]
-    assert parameters_by_stage(run.model, 2, tensor) == [sum(built[:3]), sum(built[3:])]
-    assert parameters_by_stage(run.model, 1, tensor) == [sum(built)]
+    assert parameters_by_stage(run.model, (2, 2), tensor) == [sum(built[:3]), sum(built[3:])]
+    assert parameters_by_stage(run.model, (1, 3, 0), tensor) == [sum(built[:2]), sum(built[2:5]), sum(built[5:])]
+    assert parameters_by_stage(run.model, (4,), tensor) == [sum(built)]

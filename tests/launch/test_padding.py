@@ -35,6 +35,15 @@ VOCABULARIES = "embedding.word_embeddings.weight", "output_layer.weight"
 ODD = {name: dataclasses.replace(model, vocabulary=IDS) for name, model in MODELS.items()}
 
 
+def test_without_padding_every_row_is_a_token_id():
+    argv = "--num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8 --lr 1"
+    argv += " --micro-batch-size 1 --train-iters 4 --mock-data --tokenizer-type NullTokenizer --vocab-size 90"
+    padded, _ = settings_of(argv.split(), 1)
+    whole, _ = settings_of([*argv.split(), "--no-pad-vocab-size"], 1)
+    assert (padded.model.vocabulary, padded.model.vocabulary_padding) == (128, 37)
+    assert (whole.model.vocabulary, whole.model.vocabulary_padding) == (IDS, 0)
+
+
 def exported(folder, model):
     """A Hugging Face folder of ``model``, random."""
     write_folder(folder, *to_hugging_face(weights(model), model))

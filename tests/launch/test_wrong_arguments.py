@@ -52,6 +52,43 @@ WRONG = {
     ),
     # The model and how it is split.
     "layers by stages": ("--num-layers 5", "--num-layers 5 on --pipeline-model-parallel-size 2: .* use 4 layers"),
+    "no layer for another stage": (
+        "--decoder-first-pipeline-num-layers 4",
+        "-first-pipeline-num-layers 4 leave 0 of --num-layers 4 for the 1 other stages .*: they share the rest",
+    ),
+    "layers left over": (
+        "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 2",
+        "-first-pipeline-num-layers 1 and --decoder-last-.* 2 leave 1 of --num-layers 4 for the 0 other",
+    ),
+    "more layers than there are": ("--decoder-last-pipeline-num-layers 9", "9 leave -5 of --num-layers 4"),
+    "no layer at the first stage": (
+        "--decoder-first-pipeline-num-layers 0",
+        "--decoder-first-pipeline-num-layers is 0: it must be 1 or more",
+    ),
+    "embedding counted": (
+        "--account-for-embedding-in-pipeline-split",
+        "--num-layers 4 on .*-size 2 with --account-for-embedding-.*: every stage gets the same .* use 3 layers",
+    ),
+    "two ways to say which layers": (
+        "--account-for-loss-in-pipeline-split --pipeline-model-parallel-layout Ett|ttL",
+        "--pipeline-model-parallel-layout and --account-for-loss-in-pipeline-split each say .*: give one",
+    ),
+    "layout of no letters": (
+        "--pipeline-model-parallel-layout Ett|xxL",
+        r"-layout Ett\|xxL: it is made of E \(embedding\), .* Et\|\(tt\|\)\*2tL is four stages",
+    ),
+    "layout nested": ("--pipeline-model-parallel-layout E((t)*2|)*2L", "it is made of E .*, not nested"),
+    "layout without end": ("--pipeline-model-parallel-layout E(t*99999999)*999999|L", "N at most 6"),
+    "layout of nothing": ("--pipeline-model-parallel-layout=", "it has 1 stages, and .*-size is 2"),
+    "layout of interleaved stages": (
+        "--pipeline-model-parallel-layout Et|t|t|tL",
+        "it has 4 stages, and --pipeline-model-parallel-size is 2: give as many",
+    ),
+    "layout in another order": ("--pipeline-model-parallel-layout tEt|ttL", "E comes first and L last, once each"),
+    "layout without loss": ("--pipeline-model-parallel-layout Ett|tt", "E comes first and L last, once each"),
+    "layout of other layers": ("--pipeline-model-parallel-layout Ett|tL", "it has 3 .* --num-layers is 4: make them"),
+    "layout with an empty stage": ("--pipeline-model-parallel-layout |E(t)*4L", "stage 0 has nothing in it: give it"),
+    "multi-token prediction": ("--pipeline-model-parallel-layout Ett|ttmL", "m is a layer of multi-token prediction"),
     "heads by tensor size": (
         "--num-attention-heads 1 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1",
         "--num-attention-heads 1 on --tensor-model-parallel-size 2: it must be a multiple",
@@ -116,6 +153,20 @@ WRONG = {
         "--initial-loss-scale 1e300 --fp16",
         r"--initial-loss-scale is 1e\+300: it must be at most",
     ),
+    "evaluation's micro-batch": (
+        "--eval-micro-batch-size 3",
+        "-micro-batch-size 3 x 1 data-parallel .* --eval-global-batch-size 8 .*: .* multiple of 3; use 6 or 9",
+    ),
+    "evaluation's batch": (
+        "--eval-global-batch-size 7",
+        "-size 2 x 1 data-parallel .* --eval-global-batch-size 7 .* 6 or",
+    ),
+    "evaluation of nothing": ("--eval-global-batch-size 0", "--eval-global-batch-size is 0: it must be 1 or more"),
+    "evaluation before the start": ("--start-eval-at-iter -1", "--start-eval-at-iter is -1: it must be 0 or more"),
+    "no padding, and slices": (
+        "--no-pad-vocab-size --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1",
+        "--no-pad-vocab-size with a tokenizer of 50257 token ids on --tensor-model-parallel-size 2: .* a multiple",
+    ),
     "optimizer": ("--optimizer lion", '--optimizer lion: use adam, sgd, muon, dist_muon or soap, or an "optimizer"'),
     "Muon's momentum": (
         "--optimizer muon --muon-momentum 1",
@@ -138,7 +189,6 @@ WRONG = {
         "--context-parallel-size 2",
         "--context-parallel-size 2: sequences are not split .* use size 1",
     ),
-    "uneven stages": ("--decoder-first-pipeline-num-layers 1", "stages get the same number of layers"),
     "offloading": ("--optimizer-cpu-offload", "--optimizer-cpu-offload: the next version is written on the device"),
     # Tokenizers.
     "vocabulary missing": ("--vocab-file $folder/none.json", "--vocab-file .*none.json is no file"),

@@ -68,7 +68,7 @@ def save_and_go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES))
     return found
 
 
-def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
+def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES), cut="type:Block"):
     allow_fp16()
     found, said = {}, []
     handler = logging.Handler()
@@ -76,11 +76,12 @@ def go_on(rank, folder, stages, gas=2, block=FLUSH, names=tuple(CASES)):
     logging.getLogger("noflush").addHandler(handler)
     for name in names:
         optimizer, more = CASES[name]
-        engine = t.build(stages, t.ds_config(gas, optimizer, block, **WARM_UP, **more))
+        engine = t.build(stages, t.ds_config(gas, optimizer, block, **WARM_UP, **more), cut=cut)
         replicas = engine.dp_world_size
         losses_of(engine, iter(t.data(2 * gas, seed=9)), 2)
         _, client = engine.load_checkpoint(f"{folder}/{name}")
         assert client["words"] == "of the script"
+        assert not any(key.startswith("noflush") for key in client)
         assert (engine.global_steps, engine.updates) == (SAVED, SAVED)
         data, scale = iter(t.data(CALLS * gas * replicas)), scale_of(engine)
         data = itertools.islice(data, SAVED * gas * replicas + engine.grid.get_data_parallel_rank(), None, replicas)
@@ -103,6 +104,30 @@ def test_other_stages_change_no_number_of_a_run_that_flushes(stages, tmp_path):
     assert len(lines) == len(CASES)
     assert f"was written by 4 stages: re-cut by layer for {stages} stages of 1; the pipeline fills anew" in lines[0]
     assert "written by 4 stages of 1 replicas" in lines[-1]
+
+
+OLDER = {"torch's AdamW", "ZeRO-1"}
+
+
+def test_as_many_stages_with_other_layers_too(tmp_path):
+    """Of 6 layers 2, 1, 1, 2 a stage, and 2, 2, 1, 1: some stages keep theirs, and some their number of parameters.
+
+    Older checkpoints do not say where they were cut, but name the parameters of a stage.
+    """
+    whole = run_ranks(save_and_go_on, 4, timeout=200, folder=str(tmp_path), stages=4)[-1]
+    for name in OLDER:
+        for path in (tmp_path / name).glob("*/mp_rank_*_model_states.pt"):
+            file = torch.load(path, weights_only=False)
+            assert file.pop("noflush_parts") == [0, 2, 3, 4, 6]
+            torch.save(file, path)
+    results = run_ranks(go_on, 4, timeout=200, folder=str(tmp_path), stages=4, cut="uniform")
+    for name in CASES:
+        losses, rate, scale = results[-1][0][name]
+        assert losses == whole[name][1], name
+        assert (rate[0], scale) == (whole[name][2][0], whole[name][3]), name
+    lines = results[0][1]
+    assert len(lines) == len(CASES)
+    assert "was written by 4 stages that had other layers: re-cut by layer for 4 stages of 1" in lines[0]
 
 
 @pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])

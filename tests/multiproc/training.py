@@ -54,19 +54,27 @@ def recording(loss_of=next_token_loss):
     return loss_fn, losses
 
 
-def build(stages, config, gpt=None, dp=1, loss_fn=next_token_loss, make_layers=layers, groups=None, **module_kwargs):
+def build(
+    stages,
+    config,
+    gpt=None,
+    dp=1,
+    loss_fn=next_token_loss,
+    make_layers=layers,
+    groups=None,
+    cut="type:Block",
+    **module_kwargs,
+):
     """A pipeline engine over the test GPT: as many blocks a stage, embedding first, head last.
 
-    ``groups`` makes parameter groups out of a list of parameters.
+    ``cut`` is another ``partition_method``. ``groups`` makes parameter groups out of a list of parameters.
     """
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
     parts = split_by_blocks(make_layers(gpt), stages)
     flat = [layer for part in parts for layer in part]
-    module = PipelineModule(
-        layers=flat, num_stages=stages, loss_fn=loss_fn, partition_method="type:Block", **module_kwargs
-    )
+    module = PipelineModule(layers=flat, num_stages=stages, loss_fn=loss_fn, partition_method=cut, **module_kwargs)
     learnt = groups(list(module.parameters())) if groups else None
     engine, *_ = deepspeed.initialize(model=module, config=config, model_parameters=learnt)
     return engine

@@ -17,4 +17,4 @@ def test_the_slowest_stage_is_named_with_what_it_costs():
     assert line.startswith(
         "compute of a call by stage (ms): 10.0 10.0 30.0 10.0; stage 2 sets the pace of all, at 2.00 "
     )
-    assert "fewer layers" in line
+    assert "fewer layers (partition_method of the PipelineModule; Megatron's --pipeline-model-parallel-layout)" in line

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from noflush.stage.messages import DTYPES
+from noflush.stage.messages import DTYPES, PayloadSpec
 
 
 class PayloadError(TypeError):
@@ -29,6 +29,15 @@ def check_outputs(outputs: Any, stage: int) -> None:
         "of tensors, for the next stage's first layer; return tensors alone, and carry what else there is in the batch "
         "or in the layers"
     )
+
+
+def check_alike(spec: PayloadSpec, first: PayloadSpec, stage: int, micro_batch: str) -> None:
+    """Raises ValueError unless ``stage`` made of ``micro_batch`` what it had made of the first one: ``first``."""
+    if spec != first:
+        raise ValueError(
+            f"stage {stage} made {spec} of {micro_batch}, but {first} was agreed with the first one: every micro-batch "
+            "must have one shape; drop the last partial batch (drop_last=True) or pad"
+        )
 
 
 def check_loss(loss: Any) -> None:

@@ -29,7 +29,7 @@ from noflush.order.schedule import Schedule
 from noflush.stage.channels import Neighbours
 from noflush.stage.intake import Intake
 from noflush.stage.messages import Payload, PayloadSpec, TensorSpec
-from noflush.stage.payloads import check_outputs
+from noflush.stage.payloads import check_alike, check_outputs
 from noflush.stage.tied import TiedWeights
 from noflush.stage.versions import WeightRing
 from noflush.stage.wire import LinkForms
@@ -309,12 +309,8 @@ class StageRunner:
         spec = PayloadSpec.of(outputs)
         if self._outgoing is None:
             self._outgoing = spec
-        elif spec != self._outgoing:
-            raise ValueError(
-                f"stage {self.stage} made {spec} of micro-batch {self.number(m)}, but {self._outgoing} was agreed "
-                "with the first one: every micro-batch must have one shape; drop the last partial batch "
-                "(drop_last=True) or pad"
-            )
+        else:
+            check_alike(spec, self._outgoing, self.stage, f"micro-batch {self.number(m)}")
 
     def _send_spec(self, m: int) -> None:
         assert self._outgoing is not None

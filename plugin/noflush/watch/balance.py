@@ -18,5 +18,5 @@ def balance_line(busy_ms: Sequence[float]) -> str:
         return f"{line}; even"
     return (
         f"{line}; stage {slowest} sets the pace of all, at {busy_ms[slowest] / mean:.2f} times the mean: give it fewer "
-        "layers (partition_method of the PipelineModule)"
+        "layers (partition_method of the PipelineModule; Megatron's --pipeline-model-parallel-layout)"
     )
