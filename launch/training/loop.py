@@ -152,8 +152,10 @@ class Training:
             return
         try:
             group.join()
-        except (ConnectionError, ValueError) as error:
-            raise RefusedError(str(error)) from None
+        except ConnectionError as error:
+            raise RefusedError(str(error), everywhere=True) from None
+        if self.position.iteration != self.engine.global_steps:  # a peer's, which may be behind this one's checkpoint
+            self.position.iteration, self.position.consumed, self.position.sizes = 0, 0, []
         while self.position.iteration < self.engine.global_steps:
             self.position.advance(batch_size_at(self.settings.batch, self.position.consumed))
 

@@ -75,6 +75,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
         # numpy's numbers are no plain values, of which a checkpoint is made.
         state = dict(client_state or {}) | {recut.PARTS: [int(part) for part in self.module.parts]}
+        if self._nf_group is not None and self._nf_group.order is not None:
+            state[recut.ORDER] = self._nf_group.order.kept()
         if not stage.weights.has_masters:
             groups = stage.weights.rule.param_groups
             state[recut.PARAMETERS] = [self.param_names.get(p, "") for group in groups for p in group["params"]]
@@ -147,7 +149,10 @@ class Checkpoints(_Host):  # type: ignore[misc]
             if result[0] is None:  # nothing was loaded
                 rule.state.update(kept)
             elif result[1] is not None:
-                for own in (recut.PARAMETERS, recut.PARTS):
+                order = result[1].get(recut.ORDER)
+                if order is not None and self._nf_group is not None and self._nf_group.order is not None:
+                    self._nf_group.order.resume(order)
+                for own in (recut.PARAMETERS, recut.PARTS, recut.ORDER):
                     result[1].pop(own, None)
             if isinstance(rule, DelayAwareOptimizer):
                 rule.adopt_state()
@@ -156,6 +161,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
         if result[0] is not None and there is None and not alone:
             in_flight.load(self, Path(result[0]).parent, with_schedule)
             self.skipped_steps = stage.skipped
+        if self._nf_group is not None:
+            self._nf_group.restarted()
         self.agg_train_loss = stage.loss
         if stage.reports.newest is not None:
             self._nf_show(stage.reports.newest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 from noflush.config import ConfigError
@@ -15,6 +16,8 @@ from noflush.stage.update import FusedUpdate
 if TYPE_CHECKING:
     from noflush.replicas.averager import Averager
     from noflush.replicas.samples import GroupSamples
+
+_ATTEMPTS = 10
 
 
 class Group:
@@ -48,7 +51,8 @@ class Group:
         self._check_lighthouse()
         self._store = self._make_store()
         self.averager = self._make_averager()
-        atexit.register(self.averager.close)
+        # Before Python waits for the threads that wait for a quorum; atexit comes after.
+        getattr(threading, "_register_atexit", atexit.register)(self.averager.close)
 
     def _check_lighthouse(self) -> None:
         """All ranks hear of it; else one would raise, and the others wait for it."""
@@ -83,9 +87,10 @@ class Group:
             stage,
             config,
             self.key,
-            engine.train_batch_size(),
+            engine.train_batch_size,
             lambda: engine.lr_scheduler,
             lambda: engine.step_schedule() if engine.lr_scheduler is not None else None,
+            lambda: float(engine.train_batch_size()) if hasattr(engine.lr_scheduler, "num_steps") else 1.0,
             self.order,
             lambda slice_length: Rounds(
                 (self._store.host, self._store.port),
@@ -97,33 +102,58 @@ class Group:
                 config.timeout_s,
                 config.min_groups,
                 slice_length,
+                {
+                    "stages": engine.num_stages,
+                    "numbers of the stage's weights": [layout.numel for layout in stage.weights.layouts],
+                    "fraction": config.fraction,
+                    "mode": config.mode,
+                    "drift": config.drift,
+                },
+                stage.device,
             ),
         )
 
     def join(self) -> None:
         """Joins the others, and takes a living peer's state over if there is one; on all ranks, before training.
 
-        Raises ConnectionError where they cannot be reached, ValueError if they train another model.
+        Raises ConnectionError where they cannot be reached, or train another model.
         """
         if self.joined:
             return
+        from noflush.replicas.rounds import Failed
+
         engine, stage = self._engine, self._engine.pipeline_stage
         if stage.runner.calls:
             engine.drain()
-        found = self.averager.join()
-        told = stage.tell_all(None if found is None else found[1]["updates"])
-        updates = [count for count in told if count is not None]
+        for _ in range(_ATTEMPTS):
+            result, found = self.averager.ask(resumed=engine.global_steps > 0)
+            told = stage.tell_all((getattr(result, "why", ""), None if found is None else found[1]["updates"]))
+            failed = [f"stage {number}: {why}" for number, (why, _) in enumerate(told) if why]
+            updates = [count for _, count in told if count is not None]
+            if not failed and len(updates) in (0, len(told)):
+                break
+        else:
+            raise ConnectionError(
+                f"no round with the lighthouse at {self._config.meeting_place} and the groups it knows ended well "
+                f"({'; '.join(failed) or 'a stage was given no state'}): can this host reach it and the other groups' "
+                "hosts, and do all train one model by one configuration?"
+            )
+        assert not isinstance(result, Failed)
         if found is not None:
             self.averager.take_over(found)
-        if updates:
             # Later stages of the peer had made more updates: their newest weights are of so many calls.
             engine.global_steps = max(updates)
             engine.global_samples = engine.global_steps * engine.train_batch_size()
             stage.restart(engine.global_steps, 0)
             name = self.key.rpartition("/")[0]
             stage.work.say(f"groups: {name} goes on from a peer's weights, after {engine.global_steps} updates")
-        self.averager.begin()
+        self.averager.begin(result)
         self.joined = True
+
+    def restarted(self) -> None:
+        """A checkpoint was loaded."""
+        if self.joined:
+            self.averager.restart()
 
     def samples(self, count: int, seed: int | None) -> GroupSamples:
         """As `NoFlushEngine.group_samples`."""

@@ -27,11 +27,12 @@ logger = logging.getLogger("noflush")
 PARAMETERS = "noflush_parameters"
 """In DeepSpeed's file of a stage: names of the parameters of an optimizer that numbers them."""
 PARTS = "noflush_parts"
+ORDER = "noflush_order"
 """In DeepSpeed's file of a stage: where the module was cut, as its ``parts``."""
 # What DeepSpeed keeps to itself of such a file; the rest is the script's.
 _OWN = {
     *("module", "optimizer", "lr_scheduler", "sparse_tensor_module_names", "skipped_steps", "global_steps"),
-    *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd", PARAMETERS, PARTS),
+    *("dp_world_size", "mp_world_size", "data_sampler", "random_ltd", PARAMETERS, PARTS, ORDER),
 }
 
 

@@ -31,6 +31,7 @@ from noflush.stage.messages import TensorSpec
 from noflush.stage.wire import Form, LinkForms
 
 Payload = Tensor | tuple[Tensor, ...]
+StageState = tuple[list[Tensor], dict[str, Any], dict[str, Any] | None]
 
 
 def _as_tuple(payload: Payload) -> tuple[Tensor, ...]:
@@ -170,7 +171,7 @@ class _Stage:
             passed += master.numel()
 
     @torch.no_grad()
-    def put(self, updates: int, state: tuple[list[Tensor], dict[str, Any]]) -> None:
+    def put(self, updates: int, state: StageState) -> None:
         """Goes on from another's true weights and optimizer state, as after ``updates`` updates."""
         for master, value in zip(self.in_order(), state[0], strict=True):
             master.copy_(value)
@@ -408,14 +409,18 @@ class DelaySimulator:
         for _ in range(steps if self._lr else 0):
             self._lr[stage].step()
 
-    def state_of(self, stage: int) -> tuple[list[Tensor], dict[str, Any]]:
-        """A stage's true weights and its optimizer's state; copies."""
-        of = self._stages[stage]
-        return [p.detach().clone() for p in of.in_order()], copy.deepcopy(of.optimizer.state_dict())
+    def state_of(self, stage: int) -> StageState:
+        """A stage's true weights, its optimizer's state and its schedule's; copies. As of `after_update`."""
+        of, schedule = self._stages[stage], self._lr[stage].state_dict() if self._lr else None
+        optimizer = copy.deepcopy(of.optimizer.state_dict())
+        return [p.detach().clone() for p in of.in_order()], optimizer, copy.deepcopy(schedule)
 
-    def put_state(self, stage: int, updates: int, state: tuple[list[Tensor], dict[str, Any]]) -> None:
+    def put_state(self, stage: int, updates: int, state: StageState) -> None:
         """Has a stage go on from `state_of` another run's, as after ``updates`` updates; nothing may be in flight."""
         self._stages[stage].put(updates, state)
+        if self._lr:
+            self._lr[stage].load_state_dict(state[2])
+            self._lr[stage].step()
 
     def drain(self) -> None:
         """What a drain does to the numbers: the next micro-batch sees every stage's newest, true weights."""

@@ -72,6 +72,7 @@ FURTHER_IN = {
     "groups.py engine.pipeline_stage": "ours",
     "groups.py engine.pipeline_stage.work": "ours",
     "groups.py self._config": "the block's",
+    "groups.py self._config.meeting_place": "a word",
     "in_flight.py engine.pipeline_stage.runner": "ours",
     "in_flight.py engine.saves": "ours",
     "recut.py engine.pipeline_stage": "ours",

@@ -143,6 +143,15 @@ def test_so_they_are_in_every_form(name):
     assert_groups_same(results, simulated(results, seeds, 2, make_optimizer, **simulation))
 
 
+WARM_UP = {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 80}}
+
+
+def warming_up(optimizer):
+    from deepspeed.runtime.lr_schedules import WarmupLR
+
+    return WarmupLR(optimizer, warmup_max_lr=3e-3, warmup_num_steps=80)
+
+
 def test_a_group_that_leaves_and_one_that_joins(tmp_path):
     """The third starts from a living peer's weights and moments, stage by stage, while that trains on."""
     left = tmp_path / "left"
@@ -152,12 +161,12 @@ def test_a_group_that_leaves_and_one_that_joins(tmp_path):
         {"name": "joins", "seed": 90, "calls": 30, "when": str(left)},
     ]
     with lighthouse(min_groups=1) as where:
-        results = run_groups(train_group, 2, per_group, where=where, stages=2, slow=0.1)
+        results = run_groups(train_group, 2, per_group, where=where, stages=2, slow=0.1, more={"scheduler": WARM_UP})
     stays, _, joins = results
     assert joins[0]["born"] == joins[1]["born"] == max(rank["born_of"][1] for rank in joins) > 12
     assert {rank["born_of"][0] for rank in joins} == {stays[0]["key"]}
     assert any(len([part for part in one.parts if part.samples]) == 2 for one in joins[0]["exchanges"])
-    assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw))
+    assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw, make_lr_scheduler=warming_up))
 
 
 @pytest.mark.slow
@@ -269,6 +278,53 @@ def test_groups_draw_disjoint_samples_of_one_order():
     assert not a & b
     in_order = torch.randperm(96, generator=torch.Generator().manual_seed(7)).tolist()
     assert a | b == set(in_order[:84])
+
+
+def train_or_say(rank, where, name, calls, extra, when=None, begun=None):
+    try:
+        return train_group(rank, where, name, 1, 2, calls, extra=extra, when=when, begun=begun, slow=0.1)["losses"]
+    except ConnectionError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+def test_a_group_of_another_configuration_is_told_so_and_harms_nobody(tmp_path):
+    begun = tmp_path / "begun"
+    per_group = [
+        {"name": "right", "calls": 120, "extra": {"timeout_s": 2.0}, "begun": str(begun)},
+        {"name": "wrong", "calls": 5, "extra": {"timeout_s": 2.0, "fraction": 1.0}, "when": str(begun)},
+    ]
+    with lighthouse() as where:
+        (_, losses), wrong = run_groups(train_or_say, 2, per_group, where=where)
+    assert len(losses) == 120
+    for said in wrong:
+        assert "has fraction 0.3, this one 1.0" in said or "has fraction 1.0, this one 0.3" in said
+
+
+def load_after_joining(rank, where, name, folder):
+    engine = t.build(2, t.ds_config(1, RATE, block(where, name=name, average_every=2)))
+    engine.group.join()
+    for call in range(12):
+        if call == 4:
+            engine.save_checkpoint(folder)
+        if call == 9:
+            engine.load_checkpoint(folder)
+        engine.train_batch(iter(t.data(1, seed=call)))
+        time.sleep(0.05)
+    engine.drain()
+    return [part.samples for one in engine.group.averager.exchanges for part in one.parts], engine.global_steps
+
+
+def test_a_checkpoint_that_is_loaded_while_others_train_voids_what_was_sent(tmp_path):
+    per_group = [{"name": name, "folder": str(tmp_path / name)} for name in "ab"]
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(load_after_joining, 2, per_group, where=where)
+    for rank in (rank for result in results for rank in result):
+        samples, steps = rank
+        assert steps == 7
+        assert samples
+        assert min(samples) >= 0
+        assert max(samples) <= 3 * 9
 
 
 def build_refused(rank, where, optimizer, more, extra):

@@ -43,12 +43,13 @@ def test_a_slow_groups_schedule_goes_to_the_mean_and_no_fast_one_back():
     assert schedule_behind(30, others) == 45
     assert schedule_behind(90, others) == 0
     assert schedule_behind(5, [(0.0, 0), (0.0, 0)]) == 0
+    assert schedule_behind(240, [(30.0, 720), (10.0, 240)], 8) == 45  # in samples, of which an update has eight
 
 
 def test_smoothing_falls_from_a_half_to_a_hundredth():
     assert smoothing(0) == 0.5
-    assert smoothing(500) == pytest.approx(0.255)
-    assert smoothing(1000) == smoothing(10**6) == pytest.approx(0.01)
+    assert smoothing(25) == pytest.approx(0.255)
+    assert smoothing(50) == smoothing(10**6) == pytest.approx(0.01)
 
 
 def test_the_average_is_weighted_by_samples():

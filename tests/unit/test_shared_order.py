@@ -39,6 +39,38 @@ def test_two_take_turns_in_what_the_first_has_not_claimed():
     assert a.drawn_twice == 0
 
 
+def test_whoever_is_new_does_not_lead_whatever_its_rank():
+    old, new = SharedOrder("old", ahead=0), SharedOrder("a new one", ahead=0)
+    assert draw(old, 100)[-1] == 99
+    told = json.loads(json.dumps([new.words(waits=True), old.words()]))
+    claim = told[1]["claim"]
+    hear([new, old], told)
+    assert new.membership == old.membership == Membership(1, ("a new one", "old"), (), claim)
+    assert new.drawn_twice == 0
+
+
+def test_a_group_that_was_cut_off_counts_what_it_draws_twice():
+    a, b = SharedOrder("a", ahead=0), SharedOrder("b", ahead=0)
+    hear([a, b], words_of([a, b]))
+    hear([a, b], words_of([a, b]))
+    draw(b, 5)
+    hear([a], words_of([a]))
+    told = words_of([a, b])
+    hear([a, b], told)
+    assert b.drawn_twice == 5
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_draws_what_was_left():
+    a, b = SharedOrder("a", ahead=0), SharedOrder("b", ahead=0)
+    hear([a, b], words_of([a, b]))
+    assert draw(a, 3) + draw(b, 1) == [0, 2, 4, 1]
+    hear([a, b], words_of([a, b]))
+    kept = json.loads(json.dumps(a.kept()))
+    again = SharedOrder("a, started again")
+    again.resume(kept)
+    assert draw(again, 4) == [3, 5, 6, 7]
+
+
 def test_a_round_that_takes_longer_than_was_claimed_is_counted():
     a, b = SharedOrder("a", ahead=2), SharedOrder("b", ahead=2)
     told = words_of([a, b])

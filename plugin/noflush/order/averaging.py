@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Drift = Literal["corrected", "none"]
-FIRST_SMOOTHING, LAST_SMOOTHING, SMOOTHING_UPDATES = 0.5, 0.01, 1000
+FIRST_SMOOTHING, LAST_SMOOTHING, SMOOTHING_VISITS = 0.5, 0.01, 50
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,28 @@ def due(update: int, started: int, every: int) -> bool:
     return update - started >= every
 
 
-def schedule_behind(position: int, others: Sequence[tuple[float, int]]) -> int:
-    """By how many steps a group's learning-rate schedule is to go ahead, for all to be about as far.
+def schedule_behind(position: float, others: Sequence[tuple[float, float]], step: float = 1.0) -> int:
+    """By how many updates a group's learning-rate schedule is to go ahead, for all to be about as far.
 
     To the mean position of all groups, by the samples that each has contributed; never back. So a slow group's rate
     falls with the training it takes part in, and not with its own few updates.
 
     Args:
-        position: of this group's schedule.
+        position: of this group's schedule, in units of its own.
         others: samples and position of every group, this one's among them.
+        step: what an update adds to a position.
     """
     total = sum(samples for samples, _ in others)
     if not total:
         return 0
-    return max(0, int(sum(samples * at for samples, at in others) / total) - position)
+    return max(0, int((sum(samples * at for samples, at in others) / total - position) / step))
 
 
-def smoothing(update: int) -> float:
-    """How much of a newly seen drift goes into its moving average: from .5 to .01 by a cosine over 1000 updates.
+def smoothing(visits: int) -> float:
+    """How much of a newly seen drift goes into its moving average: from .5 to .01, by a cosine over 50 visits.
 
-    AsyncMesh (arXiv 2601.22442) as summarised by others; how its cosine is placed is this project's reading.
+    AsyncMesh (arXiv 2601.22442) as summarised by others, where it falls over 1000 iterations; a slice is visited every
+    few hundred updates, so what counts here is how often its drift was seen.
     """
-    done = min(1.0, update / SMOOTHING_UPDATES)
+    done = min(1.0, visits / SMOOTHING_VISITS)
     return LAST_SMOOTHING + (FIRST_SMOOTHING - LAST_SMOOTHING) * (1 + math.cos(math.pi * done)) / 2

@@ -131,7 +131,10 @@ class SharedOrder:
         self._claim = drawn if waits else drawn + max(self._ahead, 2 * (drawn - self._at_last_words))
         self._at_last_words = drawn
         order = self.membership.plain()
-        return {"key": self.key, "order": order, "drawn": drawn, "claim": self._claim, "heard": self._heard}
+        return {
+            "key": self.key, "order": order, "drawn": drawn, "claim": self._claim, "heard": self._heard,
+            "waits": waits,
+        }  # fmt: skip
 
     def agree(self, told: Sequence[dict[str, Any]]) -> bool:
         """Takes in what a round's members told, in the order of ranks; whether the membership is another from now on.
@@ -139,7 +142,8 @@ class SharedOrder:
         Those of the newest term decide. A group that was cut off from them takes theirs over, and what it drew in the
         meantime is drawn again.
         """
-        leader = max(told, key=lambda one: one["order"]["term"])
+        # Who has drawn most, among equal terms: whoever is new has no order to lose.
+        leader = max(told, key=lambda one: (one["order"]["term"], one["order"]["horizon"], one["drawn"]))
         newest = Membership.of(leader["order"])
         keys = tuple(one["key"] for one in told)
         of_newest = {one["key"]: one for one in told if Membership.of(one["order"]) == newest}
@@ -152,12 +156,28 @@ class SharedOrder:
         if self.key in of_newest:
             self._ends.append(self._claim)
         else:
+            mine = told[keys.index(self.key)]
+            self.drawn_twice += 0 if mine["waits"] else self.drawn
             self._memberships.clear()
             self._ends.clear()
             self.drawn = 0
         self._memberships.append(following)
         self._heard, self._at_last_words = {}, 0
         return True
+
+    def kept(self) -> dict[str, Any]:
+        """For a checkpoint: what is free once this group is alone; JSON can say it."""
+        drawn = 0 if self._ends else self.drawn
+        alone = self.membership.after({**self._heard, self.key: drawn}, (self.key,))
+        return alone.plain()
+
+    def resume(self, kept: dict[str, Any]) -> None:
+        """Goes on from what `kept` gave, under this group's own key."""
+        before = Membership.of(kept)
+        self._memberships = deque([Membership(before.term, (self.key,), before.freed, before.horizon)])
+        self._ends.clear()
+        self.drawn = self._at_last_words = 0
+        self._heard = {}
 
 
 def block_samples(block: int, size: int, count: int) -> tuple[int, range]:

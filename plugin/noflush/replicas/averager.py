@@ -7,8 +7,8 @@ flight keep theirs.
 
 from __future__ import annotations
 
-import logging
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,19 +27,18 @@ from noflush.replicas.true_weights import TrueWeights
 from noflush.stage.stage import Stage
 from noflush.stage.update import FusedUpdate
 
-logger = logging.getLogger("noflush")
 _KEPT = 10_000
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
 class _Sent:
     """A slice on its way: which round it was taken for, the update after which, where the learning rate's schedule
-    stood, where it lies and what it was."""
+    stood, what had been trained on by then, where it lies and what it was."""
 
     number: int
     update: int
-    position: int
+    position: float | None
+    trained: int
     start: int
     part: Tensor
 
@@ -51,9 +50,10 @@ class Averager:
         stage: whose weights they are.
         config: the block's.
         key: of the group: its name, a slash, and what no other has.
-        samples: how many an update is made of.
+        samples: gives how many an update is made of.
         schedule: gives the learning rate's schedule, or None.
         step_schedule: has it go on by an update.
+        step: what that adds to the schedule's position.
         order: the order of data that groups share, at the stage that decides for the group; None elsewhere.
         make_rounds: given how long round number n's slice is.
 
@@ -69,19 +69,23 @@ class Averager:
         stage: Stage,
         config: ReplicasConfig,
         key: str,
-        samples: int,
+        samples: Callable[[], int],
         schedule: Callable[[], Any],
         step_schedule: Callable[[], None],
+        step: Callable[[], float],
         order: SharedOrder | None,
         make_rounds: Callable[[Callable[[int], int]], RunsRounds],
     ) -> None:
         self._stage, self._config, self._key, self._samples = stage, config, key, samples
-        self._schedule, self._step_schedule, self._order = schedule, step_schedule, order
+        self._schedule, self._step_schedule, self._step, self._order = schedule, step_schedule, step, order
         self._true = TrueWeights(stage.weights, stage.ring)
         self._rates: dict[int, Tensor] = {}
+        self._visits: Counter[int] = Counter()
         self._sent: _Sent | None = None
-        self._number = self._started = self._counted = 0
-        self._position = 0
+        self._dropped = False
+        self._number = self._started = 0
+        self._started_s = 0.0
+        self._trained = self._counted = 0
         self.exchanges: deque[Exchange] = deque(maxlen=_KEPT)
         self.born_of: tuple[str, int] | None = None
         self.groups, self.failures = 1, 0
@@ -94,72 +98,77 @@ class Averager:
 
     # ---- joining -----------------------------------------------------------------------------------------
 
-    def join(self) -> State | None:
-        """Takes part in a first round, before training: returns the state of a peer, None if there was none to take.
+    def ask(self, resumed: bool) -> tuple[Round | Failed, State | None]:
+        """Takes part in a round before training; returns what came of it, and a living peer's state if there is one.
 
-        Waits; serves peers that start at the same time. Raises ConnectionError if the lighthouse cannot be reached, or
-        no round ended well.
+        Waits, and serves peers that start at the same time.
+
+        Args:
+            resumed: whether this group's own weights are worth more than those of one that has none.
         """
-        why = ""
-        for _ in range(_ATTEMPTS):
-            self._rounds.start(0, self._words(0, waits=True), None)
-            result = None
-            while result is None:
-                self._serve()
-                result = self._rounds.poll(0.02)
-            if isinstance(result, Round):
-                self._begin_after(result)
-                return self._rounds.received
-            why = result.why
-        raise ConnectionError(
-            f"{self._key}, stage {self._stage.stage}: no round with the lighthouse at "
-            f"{self._config.lighthouse} and the groups it knows ended well ({why}): is torchft_lighthouse running there"
-            ", and can this host reach it and the other groups' hosts?"
-        )
+        self._rounds.settle(living=False, resumed=resumed)
+        self._rounds.start(0, self._words(waits=True), None)
+        result = None
+        while result is None:
+            self._rounds.serve(self._state)
+            result = self._rounds.poll(0.02)
+        return result, self._rounds.received
 
-    def _begin_after(self, result: Round) -> None:
-        self._number = result.number if self._rounds.received is None else result.number + 1
-        self._heard(result)
-
-    def begin(self) -> None:
-        """From here on the stage's updates are averaged; those made so far do not count."""
-        self._started = self._counted = self._position = self._stage.ring.newest
+    def begin(self, first: Round) -> None:
+        """From here on the stage's updates are averaged, ``first`` being the round that `ask` ended well with."""
+        self._number = first.number if self._rounds.received is None else first.number + 1
+        self._heard(first)
+        self._rounds.settle(living=True, resumed=True)
+        self.restart()
+        self._stage.update_done = lambda: self._rounds.serve(self._state)
         if self._config.mode == "async":
             self._stage.after_update = self.updated
             return
         update = self._stage.update
         assert isinstance(update, FusedUpdate), "a host refuses others"
-        update.over_groups = MeanGradients(
-            self._rounds, lambda: self._words(self._stage.ring.newest), self._heard, self._state
-        )
+        update.over_groups = MeanGradients(self._rounds, self._words, self._heard, self._failed, self._state)
+
+    def restart(self) -> None:
+        """The stage stands elsewhere, by a checkpoint or a peer's state: what was sent and learnt before is void."""
+        self._dropped = self._dropped or self._sent is not None
+        self._sent = None
+        self._rates.clear()
+        self._visits.clear()
+        self._started, self._started_s = self._stage.ring.newest, time.monotonic()
+        self._counted = self._trained
 
     # ---- training ----------------------------------------------------------------------------------------
 
     def updated(self) -> None:
-        """After every update of the stage: hears, sends, and serves newcomers, in this order."""
-        self._position += 1
-        if self._sent is not None and (result := self._rounds.poll()) is not None:
+        """After every update of the stage: hears, and sends."""
+        self._trained += self._samples()
+        if (self._sent is not None or self._dropped) and (result := self._rounds.poll()) is not None:
             sent, self._sent = self._sent, None
-            if isinstance(result, Round):
+            if self._dropped or sent is None:
+                self._dropped = False
+            elif isinstance(result, Round):
                 self._apply(result, sent)
             else:
                 self._failed(result)
         update = self._stage.ring.newest
-        self._started = min(self._started, update)  # an older checkpoint was loaded
-        if self._sent is None and due(update, self._started, self._config.average_every):
+        if self._sent is None and not self._dropped and self._is_due(update):
             start, length = slice_of(self._number, self._true.elements, self._config.fraction)
-            part = self._true.read(start, length)
-            self._sent = _Sent(self._number, update, self._position, start, part)
-            self._rounds.start(self._number, self._words(update), part)
-            self._started = update
-        self._serve()
+            part, position = self._true.read(start, length), state.position_of(self._schedule())
+            self._sent = _Sent(self._number, update, position, self._trained, start, part)
+            self._rounds.start(self._number, self._words(), part)
+            self._started, self._started_s = update, time.monotonic()
 
-    def _words(self, update: int, waits: bool = False) -> dict[str, Any]:
+    def _is_due(self, update: int) -> bool:
+        # Newcomers wait for a round: where updates take long, one comes before its time.
+        waited = time.monotonic() - self._started_s > self._config.timeout_s / 3
+        return due(update, self._started, self._config.average_every) or waited
+
+    def _words(self, waits: bool = False) -> dict[str, Any]:
         words: dict[str, Any] = {
-            "samples": float((update - self._counted) * self._samples),
+            "samples": float(self._trained - self._counted),
             "key": self._key,
-            "update": update,
-            "position": self._position,
+            "update": self._stage.ring.newest,
+            "position": state.position_of(self._schedule()),
         }
         if self._order is not None:
             words["order"] = self._order.words(waits)
@@ -168,15 +177,16 @@ class Averager:
     def _apply(self, result: Round, sent: _Sent) -> None:
         self._heard(result)
         self._number = result.number + 1
-        self._counted = sent.update
+        self._counted = sent.trained
         update, length = self._stage.ring.newest, sent.part.numel()
-        if result.average is None or result.number != sent.number or update <= sent.update:
+        if result.average is None or result.number != sent.number:
             return
         now = self._true.read(sent.start, length)
         change, rate = correction(
             self._config.drift, sent.part, result.average, now, self._rates.get(sent.start), update - sent.update,
-            smoothing(update),
+            smoothing(self._visits[sent.start]),
         )  # fmt: skip
+        self._visits[sent.start] += 1
         if rate is not None:
             self._rates[sent.start] = rate
         self._true.shift(sent.start, change)
@@ -185,10 +195,12 @@ class Averager:
         self.exchanges.append(Exchange(result.number, sent.start, length, sent.update, update, parts, behind))
 
     def _catch_up(self, sent: _Sent, result: Round) -> int:
-        behind = schedule_behind(sent.position, [(one["samples"], one["position"]) for one in result.told])
+        others = [(one["samples"], one["position"]) for one in result.told]
+        if sent.position is None or any(position is None for _, position in others):
+            return 0
+        behind = schedule_behind(sent.position, others, self._step())
         for _ in range(behind):
             self._step_schedule()
-        self._position += behind
         return behind
 
     def _heard(self, result: Round) -> None:
@@ -208,9 +220,6 @@ class Averager:
             )
 
     # ---- others' joining ---------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        self._rounds.serve(self._state)
 
     def _state(self) -> State:
         tensors, plain = state.take(self._stage, self._true, self._schedule())

@@ -2,8 +2,8 @@
 
 One torchft ``Manager`` a stage. torchft's replica is a whole group, and its ranks are the group's stages: so a quorum
 is agreed by whole groups, one of whose stages has died leaves with all of them, and torchft gives every stage a process
-group of its own with the same stage of the other groups. torchft's step counts nothing here: 0 is a newcomer, which
-torchft then has given a peer's state, and 1 is everybody else.
+group of its own with the same stage of the other groups. torchft's step counts nothing here: it is `FRESH`, `RESUMED`
+or `LIVING`, and torchft has who is less given the state of one who is most.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from noflush.replicas.correction import averaged
 from noflush.replicas.process_group import FreshGloo
 from noflush.replicas.transport import State, TensorTransport
 
-logger = logging.getLogger("noflush")
+FRESH, RESUMED, LIVING = 0, 1, 2
+"""A group before its first round, without weights worth keeping or with some; and one that trains."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,11 @@ class Round:
 
     Attributes:
         number: which one it was.
-        rank: of this group among those who took part.
         told: what each group's same stage had to tell, in the order of ranks.
         average: of the slices, by samples; None where there was nobody to average with.
     """
 
     number: int
-    rank: int
     told: tuple[dict[str, Any], ...]
     average: Tensor | None
 
@@ -74,7 +73,9 @@ class RunsRounds(Protocol):
 
     def poll(self, wait_s: float = 0.0) -> Round | Failed | None: ...
 
-    def serve(self, state: Callable[[], State]) -> bool: ...
+    def serve(self, state: Callable[[], State]) -> None: ...
+
+    def settle(self, living: bool, resumed: bool) -> None: ...
 
     def close(self) -> None: ...
 
@@ -91,6 +92,8 @@ class Rounds:
         timeout_s: after which a round is given up.
         min_groups: fewer average nothing.
         slice_length: how many elements round number n averages.
+        alike: what must be the same at all groups, by name; what JSON can say.
+        device: where the stage computes.
 
     Attributes:
         received: a peer's state, once this newcomer has been given one.
@@ -107,12 +110,15 @@ class Rounds:
         timeout_s: float,
         min_groups: int,
         slice_length: Callable[[int], int],
+        alike: dict[str, Any],
+        device: torch.device,
     ) -> None:
         self._quiet_torchft()
+        self._alike, self._device, self._settled = alike, device, FRESH
         patience = timedelta(seconds=timeout_s)
         self._timeout_s, self._min_groups, self._slice_length = timeout_s, min_groups, slice_length
         self._group = FreshGloo(timeout=patience)
-        self._transport = TensorTransport(bind)
+        self._transport = TensorTransport(bind, timeout_s)
         self.received: State | None = None
         self._asked, self._given = threading.Event(), threading.Event()
         self._state: State | None = None
@@ -135,6 +141,7 @@ class Rounds:
             replica_id=name,
             hostname=bind,
             checkpoint_transport=self._transport,
+            init_sync=False,  # else groups that start together would get their stages from different ones
         )
         threading.Thread(target=self._work, name="noflush-rounds", daemon=True).start()
 
@@ -157,14 +164,18 @@ class Rounds:
         except queue.Empty:
             return None
 
-    def serve(self, state: Callable[[], State]) -> bool:
-        """Gives a peer that has asked for it this stage's ``state()``, between two updates; whether one had."""
-        if not self._asked.is_set():
-            return False
-        self._asked.clear()
-        self._state = state()
-        self._given.set()
-        return True
+    def serve(self, state: Callable[[], State]) -> None:
+        """Gives a peer, if one has asked for it, this stage's ``state()``, between two updates."""
+        if self._asked.is_set():
+            self._asked.clear()
+            self._state = state()
+            self._given.set()
+
+    def settle(self, living: bool, resumed: bool) -> None:
+        """Says what this group is from its next round on; no round may be under way. Forgets what it was given."""
+        self._settled = LIVING if living else RESUMED if resumed else FRESH
+        self.received = None
+        self._manager.load_state_dict({"step": self._settled, "batches_committed": 0})
 
     def close(self) -> None:
         """Leaves: the others notice within torchft's heartbeat time-out, if nothing else tells them."""
@@ -173,6 +184,8 @@ class Rounds:
     # ---- the thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # a thread has its own
         while True:
             number, tell, part = self._todo.get()
             try:
@@ -194,8 +207,7 @@ class Rounds:
                 manager.report_error(error)
         # All stages of a group hear whether all of them had it, and torchft of a process group that is broken.
         whole = manager.should_commit()
-        if manager.current_step() > 1:
-            manager.load_state_dict({"step": 1, "batches_committed": 0})
+        manager.load_state_dict({"step": self._settled, "batches_committed": 0})
         why = why or manager.errored()
         if result is None or why is not None or not whole:
             first = str(why.original_exception).splitlines() if why is not None else []
@@ -203,10 +215,14 @@ class Rounds:
         return result
 
     def _exchange(self, number: int, tell: dict[str, Any], part: Tensor | None, rank: int, world: int) -> Round:
-        told = self._tell(tell, world)
+        told = self._tell({**tell, "alike": self._alike}, world)
+        for name, value in self._alike.items():
+            others = next((one for one in told if one["alike"].get(name) != value), None)
+            if others is not None:
+                raise ValueError(f"group {others['key']} has {name} {others['alike'].get(name)}, this one {value}")
         agreed = max(one["number"] for one in told)
         if world < max(2, self._min_groups):
-            return Round(agreed, rank, tuple(told), None)
+            return Round(agreed, tuple(told), None)
         samples = [one["samples"] if one["number"] == agreed else 0.0 for one in told]
         mine = samples[rank]
         total = torch.zeros(self._slice_length(agreed))
@@ -216,7 +232,7 @@ class Rounds:
         work.wait(timedelta(seconds=self._timeout_s))
         average = averaged(total, samples)
         told = [{**one, "samples": weight} for one, weight in zip(told, samples, strict=True)]
-        return Round(agreed, rank, tuple(told), average)
+        return Round(agreed, tuple(told), average)
 
     def _tell(self, tell: dict[str, Any], world: int) -> list[dict[str, Any]]:
         """Everybody's words, in two gathers: their lengths, and they."""
@@ -234,6 +250,7 @@ class Rounds:
     def _ask(self) -> State:
         """Called where a peer needs this stage's state: has training give it at its next update."""
         self._given.clear()
+        self._state = None
         self._asked.set()
         if not self._given.wait(self._timeout_s):
             self._asked.clear()

@@ -6,6 +6,7 @@ the engine's averager notes); that a group is further than another is no matter 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class GroupsSimulator:
             for part in exchange.parts
         }
         self._rates: dict[tuple[int, int, int], Tensor] = {}
+        self._visits: Counter[tuple[int, int, int]] = Counter()  # of a group, a stage and a slice
         self._states: dict[tuple[int, int], tuple[int, Any]] = {}  # (newcomer, stage) -> updates, state
         self._waiting = {n for n, group in enumerate(groups) if group.born_of is not None}
         for number, group in enumerate(groups):
@@ -133,8 +135,9 @@ class GroupsSimulator:
             now,
             self._rates.get((number, stage, exchange.start)),
             exchange.applied_at - exchange.sent_at,
-            smoothing(exchange.applied_at),
+            smoothing(self._visits[number, stage, exchange.start]),
         )
+        self._visits[number, stage, exchange.start] += 1
         if rate is not None:
             self._rates[number, stage, exchange.start] = rate
         group.simulator.shift(stage, exchange.start, change)

@@ -25,19 +25,19 @@ def take(stage: Stage, true: TrueWeights, schedule: Any) -> State:
     Raises TypeError if a group's option or the schedule has something that JSON cannot say.
     """
     tensors: dict[str, Tensor] = {
-        f"weights.{number}": flat.detach().float().cpu().clone() for number, flat in enumerate(true.flats())
+        f"weights.{number}": flat.detach().to("cpu", torch.float32, copy=True)
+        for number, flat in enumerate(true.flats())
     }
     kept = stage.weights.rule.state_dict()
     values: dict[str, dict[str, Any]] = {}
     for number, state in kept["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"state.{number}.{key}"] = value.detach().cpu().clone()
+                tensors[f"state.{number}.{key}"] = value.detach().to("cpu", copy=True)
             else:
                 values.setdefault(str(number), {})[key] = value
     plain = {
         "updates": stage.updates,
-        "skipped": stage.skipped,
         "layout": [layout.numel for layout in stage.weights.layouts],
         "values": values,
         "groups": kept["param_groups"],
@@ -67,4 +67,14 @@ def put(stage: Stage, true: TrueWeights, schedule: Any, state: State) -> None:
             entries.setdefault(int(number), {})[key[0]] = value
     stage.weights.rule.load_state_dict({"state": entries, "param_groups": plain["groups"]})
     if schedule is not None and plain["schedule"] is not None:
+        if hasattr(schedule, "num_steps"):
+            schedule.num_steps = 0  # Megatron's adds what it loads
         schedule.load_state_dict(plain["schedule"])
+
+
+def position_of(schedule: Any) -> float | None:
+    """How far a learning-rate schedule is, in its own steps; None where it does not say."""
+    for name in ("num_steps", "last_batch_iteration", "last_epoch"):  # Megatron's, DeepSpeed's, torch's
+        if hasattr(schedule, name):
+            return float(getattr(schedule, name))
+    return None

@@ -17,8 +17,6 @@ import safetensors.torch
 from torch import Tensor
 from torchft.checkpointing.transport import CheckpointTransport
 
-_PATIENCE_S = 60.0
-
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors, and what JSON can say."""
 
@@ -43,18 +41,19 @@ class TensorTransport(CheckpointTransport[dict[str, Any]]):  # type: ignore[misc
 
     Args:
         bind: the address that it listens at, and is reached by.
+        patience_s: how long a newcomer that asks is kept waiting for there to be a state.
     """
 
-    def __init__(self, bind: str) -> None:
+    def __init__(self, bind: str, patience_s: float = 60.0) -> None:
         served: dict[str, bytes] = {}
         changed = threading.Condition()
 
         class Handler(BaseHTTPRequestHandler):
-            timeout = _PATIENCE_S
+            timeout = patience_s
 
             def do_GET(self) -> None:
                 with changed:  # a newcomer may ask before there is anything
-                    there = changed.wait_for(lambda: self.path in served, _PATIENCE_S)
+                    there = changed.wait_for(lambda: self.path in served, patience_s)
                     data = served[self.path] if there else b""
                 if not there:
                     self.send_error(404)

@@ -84,6 +84,7 @@ class Stage:
         depth: what `measure_depth` last chose, and by which figures; None before.
         heard: of the run's batches.
         after_update: called after every update, before any micro-batch uses the new version.
+        update_done: called when the learning rate's schedule has gone on too.
         forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
             "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
     """
@@ -112,6 +113,7 @@ class Stage:
         self.heard = Heard()
         self.forwards: deque[Forward] = self._room_for_forwards()
         self.after_update: Callable[[], None] = lambda: None
+        self.update_done: Callable[[], None] = lambda: None
         self._scale: Tensor | float | None = None
         self.scale_owner: TravellingScale | None = None
         layout = ReportLayout(options.losses, schedule.stages)
@@ -318,6 +320,7 @@ class Stage:
         self.guard.skips.note(self.calls, self.ring.newest, outcome)
         self._scale = None
         self.work.updated(outcome)
+        self.update_done()
 
     def make_report(self, received: Tensor | None) -> Tensor:
         """`runner.StageWork`: the losses of a finished batch and the stages' figures, on their way up."""
