@@ -73,6 +73,7 @@ def train_group(
         "exchanges": list(averager.exchanges),
         "born_of": averager.born_of,
         "born": born,
+        "of_all": averager.samples_of_all,
         "key": engine.group.key,
     }
 
@@ -113,6 +114,7 @@ def test_two_groups_are_the_simulators(stages):
     for rank in (rank for result in results for rank in result):
         assert len(rank["exchanges"]) >= 3
         assert all(exchange.applied_at > exchange.sent_at for exchange in rank["exchanges"])
+        assert 60 + 3 * 3 <= rank["of_all"] <= 120  # three samples an update, forty of them
     # Of several slices, which differ from group to group no more than from what was learnt since.
     assert len({exchange.start for exchange in results[0][0]["exchanges"]}) >= 3
 
@@ -166,6 +168,7 @@ def test_a_group_that_leaves_and_one_that_joins(tmp_path):
     assert joins[0]["born"] == joins[1]["born"] == max(rank["born_of"][1] for rank in joins) > 12
     assert {rank["born_of"][0] for rank in joins} == {stays[0]["key"]}
     assert any(len([part for part in one.parts if part.samples]) == 2 for one in joins[0]["exchanges"])
+    assert stays[0]["of_all"] > 3 * (110 + 6 + 6)  # those of the one that has left too
     assert_groups_same(results, simulated(results, (1, 50, 90), 2, nadamw, make_lr_scheduler=warming_up))
 
 

@@ -61,6 +61,7 @@ class Averager:
         exchanges: the newest 10 000 averages that were applied.
         groups: how many groups took part in the newest round; 1: this one is alone, or the round came to nothing.
         failures: rounds that came to nothing, in a row.
+        trained_by: samples that each group had trained on, by its key, when it was last heard of.
         born_of: the group whose state this stage went on from, and after how many updates; None: it began itself.
     """
 
@@ -87,6 +88,7 @@ class Averager:
         self._started_s = 0.0
         self._trained = self._counted = 0
         self.exchanges: deque[Exchange] = deque(maxlen=_KEPT)
+        self.trained_by: dict[str, int] = {}
         self.born_of: tuple[str, int] | None = None
         self.groups, self.failures = 1, 0
         self._rounds = make_rounds(self._slice_length)
@@ -167,6 +169,7 @@ class Averager:
         words: dict[str, Any] = {
             "samples": float(self._trained - self._counted),
             "key": self._key,
+            "trained": self._trained,
             "update": self._stage.ring.newest,
             "position": state.position_of(self._schedule()),
         }
@@ -203,8 +206,14 @@ class Averager:
             self._step_schedule()
         return behind
 
+    @property
+    def samples_of_all(self) -> int:
+        """Samples that all groups have trained on, those that are gone too, as of what was last heard of each."""
+        return sum((self.trained_by | {self._key: self._trained}).values())
+
     def _heard(self, result: Round) -> None:
         self.failures = 0
+        self.trained_by.update({one["key"]: one["trained"] for one in result.told})
         if self._order is not None:
             self._order.agree([one["order"] for one in result.told])
         if len(result.told) != self.groups and self._stage.stage == 0:
@@ -223,12 +232,13 @@ class Averager:
 
     def _state(self) -> State:
         tensors, plain = state.take(self._stage, self._true, self._schedule())
-        return tensors, {**plain, "key": self._key}
+        return tensors, {**plain, "key": self._key, "trained_by": self.trained_by}
 
     def take_over(self, found: State) -> None:
         """Goes on from a peer's state, on a drained stage; the numbers of calls are the engine's to set."""
         state.put(self._stage, self._true, self._schedule(), found)
         self.born_of = found[1]["key"], found[1]["updates"]
+        self.trained_by = dict(found[1]["trained_by"])
 
     def close(self) -> None:
         """Leaves the other groups."""
