@@ -53,7 +53,9 @@ def run(folder, name, more, config=ON):
 
 @pytest.mark.multiproc
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("config", [ON, STOCK], ids=["noflush", "DeepSpeed's own pipeline"])
+@pytest.mark.parametrize(
+    "config", [ON, pytest.param(STOCK, marks=pytest.mark.slow)], ids=["noflush", "DeepSpeed's own pipeline"]
+)
 def test_batches_of_its_own_change_neither_its_samples_nor_training(config, tmp_path):
     trained, found = run(tmp_path, "plain", "", config)
     assert sorted(found) == [2, 4, 6, 8]

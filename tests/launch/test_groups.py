@@ -34,6 +34,7 @@ def until(condition, runs):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_group_that_comes_later_goes_on_where_the_first_is(tmp_path):
     with lighthouse() as where:
         first = group(tmp_path, where, "first", "--train-iters 100000")

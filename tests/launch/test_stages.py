@@ -124,7 +124,7 @@ def losses_of(results):
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("tied", ["", TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param("", marks=pytest.mark.slow), TIED], ids=["untied", "tied"])
 def test_with_the_flush_the_split_changes_no_loss(tied, tmp_path):
     """Weights are drawn by layer, whatever stage it lies on."""
     found = []
@@ -139,7 +139,9 @@ def test_with_the_flush_the_split_changes_no_loss(tied, tmp_path):
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("config", [None, MUON], ids=["NAdamW", "Muon with a look-ahead"])
+@pytest.mark.parametrize(
+    "config", [None, pytest.param(MUON, marks=pytest.mark.slow)], ids=["NAdamW", "Muon with a look-ahead"]
+)
 def test_without_the_flush_it_is_the_simulators_run(config, tmp_path):
     run = settings(f"{OF_THREE} {LAYOUT} Et*3|t|L --recompute-granularity full", 3, tmp_path, config)
     losses, weights = run_ranks(simulate, 1, run=run, calls=8)[0]
@@ -191,7 +193,12 @@ def test_it_resumes_as_if_it_had_never_stopped(tmp_path):
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
     ("untied", "more"),
-    [(True, ""), (True, "--bf16"), (False, ""), (False, "--bf16")],
+    [
+        pytest.param(True, "", marks=pytest.mark.slow),
+        pytest.param(True, "--bf16", marks=pytest.mark.slow),
+        (False, ""),
+        pytest.param(False, "--bf16", marks=pytest.mark.slow),
+    ],
     ids=["float32", "bf16", "tied", "bf16, tied"],
 )
 def test_a_checkpoint_goes_on_with_other_layers_a_stage(untied, more, tmp_path):

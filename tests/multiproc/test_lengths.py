@@ -33,9 +33,9 @@ def train(rank, before, after, drains, block):
     [
         (8, 12, False, {}),
         (12, 8, False, {}),
-        (8, 12, True, {}),
-        (8, 12, False, {"schedule": "1f1b_flush"}),
-        (8, 12, False, {"wire": "int8"}),
+        pytest.param(8, 12, True, {}, marks=pytest.mark.slow),
+        pytest.param(8, 12, False, {"schedule": "1f1b_flush"}, marks=pytest.mark.slow),
+        pytest.param(8, 12, False, {"wire": "int8"}, marks=pytest.mark.slow),
     ],
     ids=["grows", "shrinks", "drained", "flush", "coded"],
 )
@@ -57,7 +57,7 @@ def evaluate(rank, lengths):
     return losses
 
 
-@pytest.mark.parametrize("lengths", [(8, 8, 12), (12, 8, 8)])
+@pytest.mark.parametrize("lengths", [(8, 8, 12), pytest.param((12, 8, 8), marks=pytest.mark.slow)])
 def test_an_evaluation(lengths):
     """DeepSpeed's own pipeline aborted the next stage's process, or left it the rest of the micro-batch before."""
     first, *others = run_ranks(evaluate, 3, expect_errors=True, lengths=[lengths])

@@ -131,7 +131,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "bf16 look-ahead" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name == "bf16" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_so_they_are_in_every_form(name):
     run, make_optimizer, simulation = CASES[name]
@@ -318,6 +318,7 @@ def load_after_joining(rank, where, name, folder):
     return [part.samples for one in engine.group.averager.exchanges for part in one.parts], engine.global_steps
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_loaded_while_others_train_voids_what_was_sent(tmp_path):
     per_group = [{"name": name, "folder": str(tmp_path / name)} for name in "ab"]
     with lighthouse(min_groups=2) as where:
@@ -338,7 +339,9 @@ def build_refused(rank, where, optimizer, more, extra):
     ("ranks", "optimizer", "more", "extra", "said"),
     [
         (4, RATE, {}, {}, "with 2 data-parallel replicas and 1 tensor-parallel slices in one group"),
-        (2, t.ADAMW, {}, {"mode": "sync"}, "mode is 'sync' with AdamW and fp16 off"),
+        pytest.param(
+            2, t.ADAMW, {}, {"mode": "sync"}, "mode is 'sync' with AdamW and fp16 off", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_groups_cannot_have_is_refused_before_training(ranks, optimizer, more, extra, said):

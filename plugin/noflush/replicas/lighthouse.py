@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import socket
+from contextlib import ExitStack
 
 from torchft.coordination import LighthouseServer
+
+from noflush.demo.port import held_port
 
 
 class Lighthouse:
@@ -29,10 +31,8 @@ class Lighthouse:
         join_timeout_s: float = 2.0,
         heartbeat_timeout_s: float = 3.0,
     ) -> None:
-        if not port:
-            with socket.socket() as free:
-                free.bind((bind, 0))
-                port = free.getsockname()[1]
+        self._held = ExitStack()
+        port = port or self._held.enter_context(held_port())
         self.address = f"{bind}:{port}"
         self._server = LighthouseServer(
             bind=self.address,
@@ -45,3 +45,4 @@ class Lighthouse:
     def close(self) -> None:
         """Ends it; groups go on alone."""
         self._server.shutdown()
+        self._held.close()
