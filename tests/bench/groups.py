@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -67,7 +68,7 @@ def rank_main(rank, port, where, name, log, sleep_s):
     # Something to learn: each token is the one before it and one more.
     first = torch.Generator().manual_seed(hash(name) % 1000)
     with open(log, "a", buffering=1) as lines:
-        while True:
+        while multiprocessing.parent_process().is_alive():
             start = torch.randint(0, 32, (3, 1), generator=first)
             tokens = (start + torch.arange(13)) % 32
             loss = engine.train_batch(iter([(tokens[:, :-1], tokens[:, 1:])]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import socket
 import threading
 import time
@@ -57,8 +58,8 @@ def serve(port, min_groups):
     from noflush.replicas.lighthouse import Lighthouse
 
     server = Lighthouse(port=port, min_groups=min_groups, join_timeout_s=1.0)
-    while server.address:  # it ends with its last reference
-        time.sleep(60)
+    while server.address and multiprocessing.parent_process().is_alive():  # it ends with its last reference
+        time.sleep(1)
 
 
 @contextmanager
