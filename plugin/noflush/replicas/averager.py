@@ -91,6 +91,7 @@ class Averager:
         self.trained_by: dict[str, int] = {}
         self.born_of: tuple[str, int] | None = None
         self.groups, self.failures = 1, 0
+        self._told_groups = 1
         self._rounds = make_rounds(self._slice_length)
 
     def _slice_length(self, number: int) -> int:
@@ -216,13 +217,14 @@ class Averager:
         self.trained_by.update({one["key"]: one["trained"] for one in result.told})
         if self._order is not None:
             self._order.agree([one["order"] for one in result.told])
-        if len(result.told) != self.groups and self._stage.stage == 0:
+        if len(result.told) != self._told_groups and self._stage.stage == 0:
             names = ", ".join(one["key"].rpartition("/")[0] for one in result.told)
             self._stage.work.say(f"groups: {len(result.told)} ({names}), after update {self._stage.ring.newest}")
-        self.groups = len(result.told)
+        self.groups = self._told_groups = len(result.told)
 
     def _failed(self, failure: Failed) -> None:
         self.failures, self.groups = self.failures + 1, 1
+        self._told_groups = 0  # the next that ends well says so
         if self.failures == 1 and self._stage.stage == 0:
             self._stage.work.say(
                 f"groups: round {self._number} was given up: {_in_short(failure.why)}; training goes on"
