@@ -122,7 +122,7 @@ class Rounds:
         self.received: State | None = None
         self._asked, self._given = threading.Event(), threading.Event()
         self._state: State | None = None
-        self._todo: queue.SimpleQueue[tuple[int, dict[str, Any], Tensor | None]] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[int, dict[str, Any], Tensor | None] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Round | Failed] = queue.SimpleQueue()
         self._manager = _Manager(
             self._group,
@@ -143,7 +143,8 @@ class Rounds:
             checkpoint_transport=self._transport,
             init_sync=False,  # else groups that start together would get their stages from different ones
         )
-        threading.Thread(target=self._work, name="noflush-rounds", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="noflush-rounds", daemon=True)
+        self._thread.start()
 
     # ---- what training calls -----------------------------------------------------------------------------
 
@@ -178,8 +179,13 @@ class Rounds:
         self._manager.load_state_dict({"step": self._settled, "batches_committed": 0})
 
     def close(self) -> None:
-        """Leaves: the others notice within torchft's heartbeat time-out, if nothing else tells them."""
+        """Leaves: the others notice within torchft's heartbeat time-out, if nothing else tells them.
+
+        Waits for a round that is under way, no longer than for any: a thread within gloo when Python ends aborts it.
+        """
+        self._todo.put(None)
         self._manager.shutdown(wait=False)
+        self._thread.join(self._timeout_s)
 
     # ---- the thread --------------------------------------------------------------------------------------
 
@@ -187,7 +193,10 @@ class Rounds:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # a thread has its own
         while True:
-            number, tell, part = self._todo.get()
+            todo = self._todo.get()
+            if todo is None:
+                return
+            number, tell, part = todo
             try:
                 result: Round | Failed = self._run(number, tell, part)
             except Exception as error:  # whatever it is: training goes on without this round
