@@ -93,14 +93,12 @@ class Group:
             lambda: float(engine.train_batch_size()) if hasattr(engine.lr_scheduler, "num_steps") else 1.0,
             self.order,
             lambda slice_length: Rounds(
+                config,
                 (self._store.host, self._store.port),
-                config.meeting_place,
                 _own_address(config),
                 stage.stage,
                 engine.num_stages,
                 self.key.rpartition("/")[0],
-                config.timeout_s,
-                config.min_groups,
                 slice_length,
                 {
                     "stages": engine.num_stages,

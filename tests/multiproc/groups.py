@@ -9,8 +9,6 @@ import threading
 import time
 from contextlib import contextmanager
 
-import pytest
-
 from noflush.demo.port import held_port
 from tests.multiproc.ranks import _context, run_ranks
 
@@ -18,7 +16,6 @@ from tests.multiproc.ranks import _context, run_ranks
 @contextmanager
 def lighthouse(min_groups=1):
     """``host:port`` of one."""
-    pytest.importorskip("torchft")
     from noflush.replicas.lighthouse import Lighthouse
 
     server = Lighthouse(min_groups=min_groups, join_timeout_s=1.0)
@@ -65,7 +62,6 @@ def serve(port, min_groups):
 @contextmanager
 def lighthouse_process(min_groups=1):
     """A `LighthouseProcess`, started."""
-    pytest.importorskip("torchft")
     with held_port() as port:
         server = LighthouseProcess(port, min_groups)
         server.start()

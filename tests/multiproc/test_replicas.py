@@ -345,7 +345,6 @@ def build_refused(rank, where, optimizer, more, extra):
     ],
 )
 def test_what_groups_cannot_have_is_refused_before_training(ranks, optimizer, more, extra, said):
-    pytest.importorskip("torchft")
     more = {"where": "127.0.0.1:1", "optimizer": optimizer, "more": more, "extra": extra}
     for kind, message in run_ranks(build_refused, ranks, expect_errors=True, **more):
         assert kind == "ConfigError"
@@ -358,7 +357,6 @@ def join_nobody(rank, where):
 
 
 def test_a_lighthouse_that_is_not_there_is_one_error_before_training():
-    pytest.importorskip("torchft")
     for kind, message in run_ranks(join_nobody, 2, expect_errors=True, where="127.0.0.1:9"):
         assert kind == "ConnectionError"
         assert "127.0.0.1:9" in message

@@ -14,6 +14,7 @@ from torch.distributed import ReduceOp, TCPStore
 
 from noflush.order.averaging import due, schedule_behind, slice_of, slices_of, smoothing
 from noflush.order.shared_order import SharedOrder
+from noflush.replicas import process_group, transport
 from noflush.replicas.correction import correction, weighted_average
 from noflush.replicas.samples import GroupSamples
 
@@ -113,7 +114,6 @@ def meet(kind, address, rank):
 
 def test_a_quorum_of_an_old_number_meets_under_new_keys():
     """A lighthouse that was started anew counts from 1: its quorum's members find what an older one has left."""
-    process_group = pytest.importorskip("noflush.replicas.process_group")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = f"127.0.0.1:{store.port}/torchft/1/0"
     for _ in range(3):
@@ -128,7 +128,6 @@ class Bomb:
 
 
 def test_a_newcomers_state_is_tensors_and_json():
-    transport = pytest.importorskip("noflush.replicas.transport")
     state = {"weights.0": torch.arange(3.0), "state.0.step": torch.tensor(7)}, {"updates": 3, "groups": [{"lr": 0.1}]}
     tensors, plain = transport.from_bytes(transport.to_bytes(state))
     assert plain == state[1]
@@ -140,7 +139,6 @@ def test_a_newcomers_state_is_tensors_and_json():
 
 
 def test_a_newcomer_may_ask_before_it_is_served():
-    transport = pytest.importorskip("noflush.replicas.transport")
     giver, taker = transport.TensorTransport("127.0.0.1"), transport.TensorTransport("127.0.0.1")
     found = []
     patience = timedelta(seconds=20)

@@ -127,6 +127,7 @@ class Averager:
         if self._config.mode == "async":
             self._stage.after_update = self.updated
             return
+        self._stage.after_update = self._count
         update = self._stage.update
         assert isinstance(update, FusedUpdate), "a host refuses others"
         update.over_groups = MeanGradients(self._rounds, self._words, self._heard, self._failed, self._state)
@@ -144,7 +145,7 @@ class Averager:
 
     def updated(self) -> None:
         """After every update of the stage: hears, and sends."""
-        self._trained += self._samples()
+        self._count()
         if (self._sent is not None or self._dropped) and (result := self._rounds.poll()) is not None:
             sent, self._sent = self._sent, None
             if self._dropped or sent is None:
@@ -160,6 +161,9 @@ class Averager:
             self._sent = _Sent(self._number, update, position, self._trained, start, part)
             self._rounds.start(self._number, self._words(), part)
             self._started, self._started_s = update, time.monotonic()
+
+    def _count(self) -> None:
+        self._trained += self._samples()
 
     def _is_due(self, update: int) -> bool:
         # Newcomers wait for a round: where updates take long, one comes before its time.
@@ -219,7 +223,11 @@ class Averager:
             self._order.agree([one["order"] for one in result.told])
         if len(result.told) != self._told_groups and self._stage.stage == 0:
             names = ", ".join(one["key"].rpartition("/")[0] for one in result.told)
-            self._stage.work.say(f"groups: {len(result.told)} ({names}), after update {self._stage.ring.newest}")
+            twice = self._order.drawn_twice if self._order is not None else 0
+            self._stage.work.say(
+                f"groups: {len(result.told)} ({names}), after update {self._stage.ring.newest}"
+                + f"; {twice} micro-batches so far that another may have drawn too" * bool(twice)
+            )
         self.groups = self._told_groups = len(result.told)
 
     def _failed(self, failure: Failed) -> None:

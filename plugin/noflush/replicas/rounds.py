@@ -24,6 +24,7 @@ from torchft.manager import Manager
 
 from noflush.replicas.correction import averaged
 from noflush.replicas.process_group import FreshGloo
+from noflush.replicas.settings import ReplicasConfig
 from noflush.replicas.transport import State, TensorTransport
 
 FRESH, RESUMED, LIVING = 0, 1, 2
@@ -84,13 +85,11 @@ class Rounds:
     """One stage's rounds.
 
     Args:
+        config: the block's.
         store: of this group's first stage, at an address that other groups reach.
-        lighthouse: ``host:port``.
         bind: address of this process.
         stage, stages: which stage of how many.
         name: of the group.
-        timeout_s: after which a round is given up.
-        min_groups: fewer average nothing.
         slice_length: how many elements round number n averages.
         alike: what must be the same at all groups, by name; what JSON can say.
         device: where the stage computes.
@@ -101,24 +100,22 @@ class Rounds:
 
     def __init__(
         self,
+        config: ReplicasConfig,
         store: tuple[str, int],
-        lighthouse: str,
         bind: str,
         stage: int,
         stages: int,
         name: str,
-        timeout_s: float,
-        min_groups: int,
         slice_length: Callable[[int], int],
         alike: dict[str, Any],
         device: torch.device,
     ) -> None:
         self._quiet_torchft()
         self._alike, self._device, self._settled = alike, device, FRESH
-        patience = timedelta(seconds=timeout_s)
-        self._timeout_s, self._min_groups, self._slice_length = timeout_s, min_groups, slice_length
+        patience = timedelta(seconds=config.timeout_s)
+        self._timeout_s, self._min_groups, self._slice_length = config.timeout_s, config.min_groups, slice_length
         self._group = FreshGloo(timeout=patience)
-        self._transport = TensorTransport(bind, timeout_s)
+        self._transport = TensorTransport(bind, config.timeout_s)
         self.received: State | None = None
         self._asked, self._given = threading.Event(), threading.Event()
         self._state: State | None = None
@@ -137,7 +134,7 @@ class Rounds:
             world_size=stages,
             store_addr=store[0],
             store_port=store[1],
-            lighthouse_addr=f"http://{lighthouse}",
+            lighthouse_addr=f"http://{config.meeting_place}",
             replica_id=name,
             hostname=bind,
             checkpoint_transport=self._transport,
