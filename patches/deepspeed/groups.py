@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from noflush.config import ConfigError
 from noflush.order.shared_order import SharedOrder
 from noflush.replicas.settings import ReplicasConfig
+from noflush.replicas.torchft_log import quieten
 from noflush.stage.update import FusedUpdate
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def _own_address(config: ReplicasConfig) -> str:
 
 def _faults(engine: Any, config: ReplicasConfig) -> list[str]:
     faults = []
+    quieten()
     try:
         import torchft  # noqa: F401
     except ImportError as error:

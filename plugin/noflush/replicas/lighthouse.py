@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from torchft.coordination import LighthouseServer
-
 from noflush.demo.port import held_port
+from noflush.replicas.torchft_log import quieten
 
 
 class Lighthouse:
@@ -31,6 +30,9 @@ class Lighthouse:
         join_timeout_s: float = 2.0,
         heartbeat_timeout_s: float = 3.0,
     ) -> None:
+        quieten()
+        from torchft.coordination import LighthouseServer
+
         self._held = ExitStack()
         port = port or self._held.enter_context(held_port())
         self.address = f"{bind}:{port}"

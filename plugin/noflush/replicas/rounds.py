@@ -9,7 +9,6 @@ or `LIVING`, and torchft has who is less given the state of one who is most.
 from __future__ import annotations
 
 import json
-import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -110,7 +109,6 @@ class Rounds:
         alike: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self._quiet_torchft()
         self._alike, self._device, self._settled = alike, device, FRESH
         patience = timedelta(seconds=config.timeout_s)
         self._timeout_s, self._min_groups, self._slice_length = config.timeout_s, config.min_groups, slice_length
@@ -267,8 +265,3 @@ class Rounds:
 
     def _receive(self, state: State) -> None:
         self.received = state
-
-    @staticmethod
-    def _quiet_torchft() -> None:
-        for name in ("torchft.manager", "torchft.process_group", "torchft.checkpointing.http_transport"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
