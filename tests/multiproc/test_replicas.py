@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from noflush.demo.gpt import next_token_loss, split_by_blocks
 from noflush.methods import DelayAwareMuon, DelayAwareNAdamW
+from noflush.order.averaging import slice_of
 from noflush.order.schedule import Schedule
 from noflush.replicas.simulate import GroupsSimulator, SimulatedGroup
 from noflush.simulate import DelaySimulator, Precision
@@ -115,6 +116,14 @@ def test_two_groups_are_the_simulators(stages):
         assert len(rank["exchanges"]) >= 3
         assert all(exchange.applied_at > exchange.sent_at for exchange in rank["exchanges"])
         assert 60 + 3 * 3 <= rank["of_all"] <= 120  # three samples an update, forty of them
+        elements = sum(p.numel() for p in rank["weights"])
+        for before, one in itertools.pairwise(rank["exchanges"]):
+            # What the simulator is told is what was to be done.
+            assert (one.start, one.length) == slice_of(one.number, elements, 0.3)
+            (mine,) = [part for part in one.parts if part.key == rank["key"]]
+            assert mine.update == one.sent_at
+            if one.number == before.number + 1:
+                assert mine.samples == 3 * (one.sent_at - before.sent_at)
     # Of several slices, which differ from group to group no more than from what was learnt since.
     assert len({exchange.start for exchange in results[0][0]["exchanges"]}) >= 3
 
