@@ -70,7 +70,10 @@ def trained(stages):
     return run_ranks(train_all, stages, timeout=280, stages=stages)
 
 
-@pytest.mark.parametrize(("stages", "name"), [(stages, name) for stages in (2, 4) for name in cases(stages)])
+@pytest.mark.parametrize(
+    ("stages", "name"),
+    [pytest.param(2, name, marks=pytest.mark.slow) for name in cases(2)] + [(4, name) for name in cases(4)],
+)
 def test_the_engine_is_the_simulator(stages, name):
     gas, block, _, section, precision, clip = cases(stages)[name]
     expected = t.simulate(
