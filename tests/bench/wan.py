@@ -6,8 +6,9 @@
 Each host is a network namespace with a TCP of its own, behind an uplink and a downlink (`wan_parts/network.py`, root);
 delay jitters. Hosts and switch go before whatever else this machine runs (nice). Compute is a sleep inside the real
 engine (forward 100 ms, backward 200 ms). The bound is what the slower of compute and of a middle host's link, which
-carries an activation and a gradient each way, takes a micro-batch. After the timed calls come as many again, of which a
-sixth have one stage three times as slow.
+carries an activation and a gradient each way, takes a micro-batch; what plain sockets take for the same messages, and
+nothing else, is measured beside it. After the timed calls come as many again, of which a sixth have one stage three
+times as slow.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ CONTESTANTS = {
 OTHERS = {f"noflush {extra}": {"extra_in_flight": extra} for extra in range(1, 65)}
 
 
-def run_hosts(wan, args, timeout_s):
-    """Each host's results, by contestant."""
+def run_hosts(wan, part, args, timeout_s):
+    """Each host's results of ``tests.bench.wan_parts.<part>``."""
     port = "29531"  # of namespaces of their own
     with running(wan) as names:
         hosts = []
@@ -57,7 +58,7 @@ def run_hosts(wan, args, timeout_s):
                 name,
                 sys.executable,
                 "-m",
-                "tests.bench.wan_parts.rank",
+                f"tests.bench.wan_parts.{part}",
                 json.dumps(args),
             ]
             hosts.append(
@@ -90,6 +91,7 @@ def main():
     p.add_argument("--jitter-ms", type=float, default=10.0, help="up to so much more, anew ten times a second")
     p.add_argument("--mbit", type=float, default=80.0, help="of every host, in and out")
     p.add_argument("--mtu", type=int, default=32000, help="large, as after segmentation offload")
+    p.add_argument("--congestion", default="cubic", help="the hosts' rule of congestion: cubic, bbr, reno")
     p.add_argument("--calls", type=int, default=48, help="timed")
     p.add_argument("--stock-calls", type=int, default=8)
     p.add_argument(
@@ -100,7 +102,14 @@ def main():
     p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/wan.jsonl")
     options = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces go
-    wan = Wan(options.hosts, options.delay_ms / 1e3, options.jitter_ms / 1e3, options.mbit * 1e6, options.mtu)
+    wan = Wan(
+        options.hosts,
+        options.delay_ms / 1e3,
+        options.jitter_ms / 1e3,
+        options.mbit * 1e6,
+        options.mtu,
+        options.congestion,
+    )
     numbers = round(options.megabytes * 1e6 / 4)
     slow_from = options.calls // 3
     slow_to = slow_from + options.calls // 6
@@ -120,7 +129,15 @@ def main():
         "slow_stock": False,
         "contestants": {name: (CONTESTANTS | OTHERS)[name] for name in options.only},
     }
-    by_host = run_hosts(wan, args, options.timeout_s)
+    by_host = run_hosts(wan, "rank", args, options.timeout_s)
+    plain = {
+        "stages": options.hosts,
+        "addresses": [wan.address(host) for host in range(options.hosts)],
+        "bytes": 4 * numbers,
+        "calls": options.calls,
+        "in_flight": 3 * options.hosts,
+    }
+    alone = run_hosts(wan, "sockets", plain, options.timeout_s)[0]["steady"]
     middle = 2 if options.hosts > 2 else 1  # messages each way
     compute_ms = options.forward_ms + options.backward_ms
     rows = {}
@@ -139,7 +156,7 @@ def main():
             "wait_ms_by_host": [
                 {
                     kind: round(host["actions"][f"wait for {kind}"], 1)
-                    for kind in ("activation", "gradient")
+                    for kind in ("header", "activation", "gradient")
                     if f"wait for {kind}" in host["actions"]
                 }
                 for host in found
@@ -159,6 +176,8 @@ def main():
         "jitter_ms": options.jitter_ms,
         "mbit": options.mbit,
         "mtu": options.mtu,
+        "congestion": options.congestion,
+        "plain_sockets_ms": round(1e3 * sum(alone) / len(alone), 1),
         "activation_mb": options.megabytes,
         "compute": f"sleep {options.forward_ms:g} + {options.backward_ms:g} ms",
         "calls": options.calls,

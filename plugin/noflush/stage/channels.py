@@ -30,6 +30,9 @@ from noflush.stage.messages import TensorSpec
 from noflush.stage.peer import Attention, Peer, lost, wait_for
 
 _CONTROL_WORDS = 64
+# A stage runs ahead of the next one by some calls, whose headers gloo sends only once their receives are posted: with
+# one at a time a header costs a round trip, which on a link full of activations may take longer than the call.
+_CONTROL_POSTED = 8
 
 
 # What NCCL can carry; everything else travels as its bytes, which costs nothing.
@@ -214,11 +217,12 @@ class ControlOut:
 
 
 class ControlIn:
-    """Receives what a `ControlOut` sends."""
+    """Receives what a `ControlOut` sends, some messages of which may come before they are taken."""
 
     def __init__(self, peer: Peer) -> None:
         self._inbox = Inbox(peer, "control message", torch.device("cpu"))
-        self._inbox.post(_CONTROL)
+        for _ in range(_CONTROL_POSTED):
+            self._inbox.post(_CONTROL)
         self._received = 0
 
     def take(self) -> list[int]:

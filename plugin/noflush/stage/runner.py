@@ -134,7 +134,10 @@ class StageRunner:
     def open_call(self) -> None:
         """Runs the actions that open the next call, in the intake that was begun."""
         for action in opening_order(self.schedule.stages, self.stage, self.calls):
+            begun = self.recorder.begin(action.op)
             self._do[action.op](action.index)
+            if action.op is Op.RECV_HEADER:
+                self.recorder.end(action.op, action.index, begun)
 
     def run_call(self) -> None:
         """Runs the actions of one `train_batch` call; user code then sees the newest weights."""

@@ -25,6 +25,7 @@ _OPS = tuple(Op)
 _CODE = {op: code for code, op in enumerate(_OPS)}
 _TYPICAL_OF = 50
 _NAMES = {
+    Op.RECV_HEADER: "wait for header",
     Op.FORWARD: "forward",
     Op.BACKWARD: "backward",
     Op.UPDATE: "update",

@@ -32,13 +32,17 @@ _CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True)
 class Wan:
-    """``hosts`` hosts: one-way ``delay_s`` and up to ``jitter_s`` more, ``bits_per_s`` in and out of each."""
+    """``hosts`` hosts: one-way ``delay_s`` and up to ``jitter_s`` more, ``bits_per_s`` in and out of each.
+
+    Their TCP goes by the rule ``congestion``.
+    """
 
     hosts: int
     delay_s: float
     jitter_s: float
     bits_per_s: float
     mtu: int
+    congestion: str
 
     def name(self, host: int) -> str:
         """Of the host's namespace, which no other run has."""
@@ -75,6 +79,7 @@ def _make_host(wan: Wan, host: int, name: str) -> int:
         ["link", "set", "lo", "up"],
         ["link", "set", "wan0", "address", f"02:00:00:00:00:{host:02x}", "mtu", str(wan.mtu), "up"],
         ["addr", "add", f"{wan.address(host)}/24", "dev", "wan0"],
+        ["route", "change", "10.231.77.0/24", "dev", "wan0", "congctl", wan.congestion],
     ):
         subprocess.run(["ip", "-n", name, *words], check=True)
     return tap
