@@ -67,7 +67,8 @@ def settings_of(argv: list[str], world: int) -> tuple[Settings, Mapping[str, Seq
         else:
             faults += token_id_faults(settings.data, tokenizer.vocab_size)
     faults += [] if faults else listed_part_faults(settings.checkpoints)
-    faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks)
+    recuts = settings.block is not None
+    faults += [] if faults else model_faults(settings.checkpoints, settings.model, settings.ranks, recuts)
     faults += [] if faults else load_part_faults(settings)
     if faults:
         raise ArgumentsError(faults)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,25 +17,13 @@ from torch import Tensor
 
 from noflush.launch.arguments.progress import Position
 from noflush.launch.arguments.settings import Model
+from noflush.launch.gpt.slices import GptSlices
 from noflush.launch.training.beside_weights import WEIGHTS_ALONE, write_manifest, write_model
 from noflush.stage.checkpoint import write_latest
 
 State = dict[str, Tensor]
 
 _FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-_FC1 = "mlp.linear_fc1."
-_SPLIT = {
-    "embedding.word_embeddings.weight": 0,
-    "self_attention.linear_qkv.weight": 0,
-    "self_attention.linear_qkv.bias": 0,
-    "self_attention.linear_proj.weight": 1,
-    "mlp.linear_fc1.weight": 0,
-    "mlp.linear_fc1.bias": 0,
-    "mlp.linear_fc2.weight": 1,
-    "output_layer.weight": 0,
-}
-"""Dimension along which tensor-parallel slices divide a weight; the others are whole on every slice."""
-
 # Transformer Engine's layers hold the norms in the projections behind them.
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -44,35 +32,6 @@ _FUSED_NORMS = {
 # Megatron-core's split layers insist on an entry that nobody else needs.
 _EXTRA = "_extra_state"
 _WITH_EXTRA = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
-
-
-def _dimension(name: str) -> int | None:
-    return next((dim for ending, dim in _SPLIT.items() if name.endswith(ending)), None)
-
-
-def merge(name: str, slices: Sequence[Tensor], gated: bool) -> Tensor:
-    """One weight of its tensor-parallel ``slices``, in order. A gated MLP's slice is its part of the gate, then of up.
-
-    Grouped query heads need nothing more: a slice's rows of the QKV projection are those of its groups.
-    """
-    dim = _dimension(name)
-    if dim is None or len(slices) == 1:
-        return slices[0]
-    if gated and _FC1 in name:
-        halves = [part.chunk(2) for part in slices]
-        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat(list(slices), dim)
-
-
-def split(name: str, weight: Tensor, count: int, gated: bool) -> list[Tensor]:
-    """``merge``'s reverse: ``count`` slices."""
-    dim = _dimension(name)
-    if dim is None or count == 1:
-        return [weight] * count
-    if gated and _FC1 in name:
-        gate, up = weight.chunk(2)
-        return [torch.cat(pair) for pair in zip(gate.chunk(count), up.chunk(count), strict=True)]
-    return list(weight.chunk(count, dim))
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -103,6 +62,7 @@ def read_weights(checkpoint: Path, model: Model) -> State:
     if missing:
         raise ValueError(f"{checkpoint} is incomplete: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)} missing")
     state: State = {}
+    rule = GptSlices(model.gated)
     for layer in range(layers):
         slices = [_load(files[layer][number]) for number in range(count)]
         for name in slices[0]:
@@ -110,7 +70,7 @@ def read_weights(checkpoint: Path, model: Model) -> State:
             full = plain.format(layer - 1) + name[len(ours) :]
             if lacking := [number for number, part in enumerate(slices) if name not in part]:
                 raise ValueError(f"{files[layer][lacking[0]]} has no {name}, and {files[layer][0]} has")
-            state[full] = merge(name, [part[name] for part in slices], model.gated)
+            state[full] = rule.merge(name, [part[name] for part in slices])
     return state
 
 
@@ -166,8 +126,9 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Tensor], model: Mod
     for name, weight in state.items():
         number, ours = _in_pipeline(name, model)
         layers.setdefault(number, {})[ours] = weight
+    rule = GptSlices(model.gated)
     for number, weights in layers.items():
-        cut = {name: split(name, weight, tensor_parallel, model.gated) for name, weight in weights.items()}
+        cut = {name: rule.split(name, weight, tensor_parallel) for name, weight in weights.items()}
         for rank in range(tensor_parallel):
             # Cloned: torch.save would write the whole weight behind a slice.
             part: dict[str, Tensor | None] = {name: slices[rank].clone() for name, slices in cut.items()}

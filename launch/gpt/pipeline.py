@@ -15,6 +15,7 @@ from noflush.launch.arguments.settings import Model, Settings
 from noflush.launch.gpt.config import layer_spec, transformer_config
 from noflush.launch.gpt.layers import Block, Embedding, FinalNorm, Head, NextTokenLoss, tied_head
 from noflush.launch.gpt.matrices import mark_matrices
+from noflush.launch.gpt.slices import GptSlices
 from noflush.patches.deepspeed.cut_module import CutPipelineModule
 
 
@@ -100,6 +101,7 @@ def build_pipeline(settings: Settings) -> PipelineModule:
         topology=topology,
         loss_fn=next_token_loss(settings.model),
         seed_layers=False,
+        slice_rule=GptSlices(settings.model.gated),
     )
     mark_matrices(module, settings.model, ranks.tensor, settings.optimizer.split_qkv)
     return module

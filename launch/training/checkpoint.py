@@ -165,8 +165,11 @@ def load(engine: Any, settings: Checkpoints, tag: str | None) -> Position | None
     return position
 
 
-def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]:
-    """How the checkpoint to load differs from ``model``, or from how it is to be split."""
+def model_faults(settings: Checkpoints, model: Model, ranks: Ranks, recuts: bool = True) -> list[str]:
+    """How the checkpoint to load differs from ``model``, or from how it is to be split.
+
+    ``recuts``: whether the engine takes other slices than its own, as noflush's does.
+    """
     if not settings.load:
         return []
     tag = settings.tag or newest_complete(settings.load)
@@ -188,10 +191,11 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
     if (checkpoint / WEIGHTS_ALONE).exists() and not settings.finetune:
         faults.append(f"--load {settings.load}: the checkpoint holds weights alone; add --finetune")
     slices = len(list(checkpoint.glob("layer_01-model_*-model_states.pt")))
-    if slices not in (0, ranks.tensor):
+    if slices not in (0, ranks.tensor) and not recuts:
         faults.append(
             f"--load {settings.load}: the checkpoint has {slices} tensor-parallel slices, and "
-            f"--tensor-model-parallel-size is {ranks.tensor}; convert it by convert_checkpoint.py --to-hf and --from-hf"
+            f"--tensor-model-parallel-size is {ranks.tensor}, and DeepSpeed's own engine cannot re-cut them; convert "
+            "it by convert_checkpoint.py --to-hf and --from-hf"
         )
     free = {"attention_dropout", "hidden_dropout", "softmax_in_fp32", "loss_in_low_precision", "pad_vocabulary_to"}
     # What weights were drawn by says nothing of those that were loaded.
@@ -200,8 +204,12 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks) -> list[str]
         free |= {"sequence", "vocabulary_padding"}
     if model.positions != "learned_absolute":
         free.add("max_positions")
+    hint, rows = {}, there.get("vocabulary")
+    if slices != ranks.tensor and isinstance(rows, int) and not rows % ranks.tensor:
+        hint["vocabulary"] = f"; give --make-vocab-size-divisible-by {rows // ranks.tensor}"
     return faults + [
         f"--load {settings.load}: the checkpoint's model has {name} = {there[name]}, the arguments say {here[name]}"
+        + hint.get(name, "")
         for name in here
         if name in there and name not in free and there[name] != here[name]
     ]

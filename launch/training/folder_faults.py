@@ -12,6 +12,7 @@ from noflush.launch.training.beside_weights import WEIGHTS_ALONE, read_manifest
 from noflush.stage.checkpoint import CheckpointError, checkpoints_in, is_tag, listed, newest_complete
 
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
+_STAGE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _SHARD = re.compile(r"(bf16_|)zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
@@ -74,7 +75,10 @@ def _save_faults(settings: Checkpoints) -> list[str]:
 
 
 def load_part_faults(settings: Settings) -> list[str]:
-    """`part_faults` of the checkpoint that ``settings`` load, and an optimizer state of another number of replicas."""
+    """`part_faults` of the checkpoint that ``settings`` load, and for DeepSpeed's own engine another shape of it.
+
+    noflush's engine re-cuts a checkpoint of other stages, replicas or slices.
+    """
     checkpoints, config = settings.checkpoints, settings.deepspeed
     if not checkpoints.load:
         return []
@@ -83,13 +87,15 @@ def load_part_faults(settings: Settings) -> list[str]:
         return []
     checkpoint = Path(checkpoints.load) / tag
     sharded = config.get("bf16", {}).get("enabled") or config.get("zero_optimization", {}).get("stage", 0)
-    faults = part_faults(checkpoint, settings.model, settings.ranks, bool(sharded) and checkpoints.load_optimizer)
-    if not faults and sharded and checkpoints.load_optimizer:
+    of_its_shape = settings.ranks if settings.block is None else None
+    faults = part_faults(checkpoint, settings.model, of_its_shape, bool(sharded) and checkpoints.load_optimizer)
+    if of_its_shape is not None and not faults and sharded and checkpoints.load_optimizer:
         replicas = len(list(checkpoint.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
         if replicas != settings.ranks.data:
             faults.append(
                 f"{checkpoint} has the optimizer's state in the shards of {replicas} data-parallel replicas, and this "
-                f"run has {settings.ranks.data}: start as many, or give --no-load-optim or --finetune"
+                f"run has {settings.ranks.data}, and DeepSpeed's own engine cannot re-cut them: start as many, or give "
+                "--no-load-optim or --finetune"
             )
     return [f"--load {checkpoints.load}: {fault}" for fault in faults]
 
@@ -105,8 +111,8 @@ def listed_part_faults(settings: Checkpoints) -> list[str]:
     return [f"--load {settings.load}: {fault}" for fault in _part_faults(Path(settings.load) / tag, lambda there: [])]
 
 
-def part_faults(checkpoint: Path, model: Model, ranks: Ranks, shards: bool) -> list[str]:
-    """Which files of ``checkpoint`` are missing or cut short for a run of ``model`` over ``ranks``.
+def part_faults(checkpoint: Path, model: Model, ranks: Ranks | None, shards: bool) -> list[str]:
+    """Which files of ``checkpoint`` are missing or cut short for a run of ``model`` over ``ranks``; None: over any.
 
     By what DeepSpeed's names must be, and by the checkpoint's own list of files if it has one. ``shards``: whether the
     optimizer's state is read too, and split over replicas.
@@ -135,12 +141,15 @@ def _part_faults(checkpoint: Path, by_name: Callable[[Mapping[str, int]], list[s
 _OTHER = "copy it again from where it was saved, or name another checkpoint by --ckpt-step"
 
 
-def _needed(there: Mapping[str, int], model: Model, ranks: Ranks, shards: bool) -> list[str]:
+def _needed(there: Mapping[str, int], model: Model, ranks: Ranks | None, shards: bool) -> list[str]:
     """DeepSpeed's names of the files that such a run reads, as far as those that are ``there`` tell."""
     slices = {int(found[2] or 0) for name in there if (found := _LAYER.fullmatch(name))} or {0}
     layers = range(model.layers + (2 if model.tied else 3))
     needed = [f"layer_{layer:02d}-model_{part:02d}-model_states.pt" for layer in layers for part in sorted(slices)]
-    stages = range(1 if WEIGHTS_ALONE in there else ranks.pipeline * ranks.tensor)
+    count = 1 + max((int(found[1]) for name in there if (found := _STAGE.fullmatch(name))), default=0)
+    if ranks is not None:
+        count = 1 if WEIGHTS_ALONE in there else ranks.pipeline * ranks.tensor
+    stages = range(count)
     needed += [f"mp_rank_{stage:02d}_model_states.pt" for stage in stages]
     if shards:
         shard = [part for name in there if (part := _SHARD.fullmatch(name))]

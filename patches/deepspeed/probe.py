@@ -43,8 +43,9 @@ NEEDED: dict[Owner, str] = {
         train_batch_size train_micro_batch_size_per_gpu using_bf16_optimizer zero_optimization
     """,
     MODULE: """
-        _layer_specs _partition_layers _set_bounds dynamic_shape get_additional_losses load_state_dir num_stages parts
-        stage_id tied_comms tied_modules tied_weight_attrs
+        _grid _layer_specs _partition_layers _set_bounds _synchronize_tied_weights ckpt_layer_path_list dynamic_shape
+        forward_funcs get_additional_losses load_state_dir num_stages parts stage_id tied_comms tied_modules
+        tied_weight_attrs
     """,
     GRID: """
         _topo get_data_parallel_group get_data_parallel_rank get_model_parallel_group get_model_parallel_rank

@@ -1,8 +1,9 @@
-"""A checkpoint of other stages (their number, or which layers each had) or replicas, re-cut by layer.
+"""A checkpoint of other stages (their number, or which layers each had), replicas or slices, re-cut by layer.
 
 DeepSpeed's files of weights are a layer each, whatever the stages. Optimizer state is read here by the names of
-parameters, from all old stages' files and all their replicas' shards, and put into this run's optimizer. What was in
-flight is not put back: the pipeline fills anew.
+parameters, from all old stages' files and all their replicas' shards, and put into this run's optimizer. Of another
+number of tensor-parallel slices all are read, and divided anew as the module's `slice_rule` says. What was in flight is
+not put back: the pipeline fills anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from noflush.methods.matrices import is_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
+from noflush.patches.deepspeed.slice_rule import resliced, rule_of, shape_among
 from noflush.stage.checkpoint import CheckpointError
 from noflush.stage.layout import FlatLayout
 
@@ -81,15 +83,17 @@ def other_shape(engine: Any, folder: Path) -> Shape | None:
     if there is None or engine.use_node_local_storage():  # of which each node sees a part
         return None
     slices = engine.grid.get_slice_parallel_world_size()
+    if there.slices != slices:
+        if rule_of(engine.module) is None:
+            raise CheckpointError(
+                f"checkpoint {folder} is of {there.slices} tensor-parallel slices, and this run has {slices}, of a "
+                "module that does not say how its weights are divided into them (slice_rule of a CutPipelineModule): "
+                "go on with as many"
+            )
+        return there
     same_replicas = there.replicas in (0, engine.dp_world_size)
     if there.stages == engine.num_stages and same_replicas and _cut_alike(engine.module.parts, folder, there):
-        return None  # another tensor parallelism is DeepSpeed's to refuse
-    if there.slices != slices:
-        raise CheckpointError(
-            f"checkpoint {folder} is of {there.slices} tensor-parallel slices, and this run has {slices}: stages and "
-            "replicas can be re-cut, slices cannot; go on with as many, or take the weights alone through "
-            "launch/convert_checkpoint.py"
-        )
+        return None
     return there
 
 
@@ -123,12 +127,14 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
         CheckpointError: it lacks a parameter's state, or has some that depends on how matrices lay in a shard.
     """
     engine.module.load_state_dir(str(folder), strict=strict, checkpoint_engine=engine.checkpoint_engine)
-    slice_rank = engine.grid.get_slice_parallel_rank()
-    parts = [stage * there.slices + slice_rank for stage in range(there.stages)]
+    sliced_alike = there.slices == engine.grid.get_slice_parallel_world_size()
+    wanted = [engine.grid.get_slice_parallel_rank()] if sliced_alike else range(there.slices)
+    parts = [stage * there.slices + wanted[0] for stage in range(there.stages)]
     kept: dict[str, _Kept] = {}
-    for part in parts:
+    for stage in range(there.stages):
+        of_slices = [_collect(folder, stage * there.slices + number) for number in wanted]
         # Of a tied module's own parameters the first stage's are in use; the others' have the same names.
-        kept = _collect(folder, part) | kept
+        kept = (of_slices[0] if sliced_alike else _resliced(engine, of_slices, folder)) | kept
     _fill(engine, kept, folder)
     first, last = _read(_stage_file(folder, parts[0])), _read(_stage_file(folder, parts[-1]))
     if with_schedule and engine.lr_scheduler is not None and last.get("lr_scheduler") is not None:
@@ -144,9 +150,9 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
     if engine.global_rank == 0:
         moved = there.stages == engine.num_stages and there.parts != tuple(engine.module.parts)
         logger.warning(
-            "noflush: %s was written by %d stages%s%s: re-cut by layer for %d stages of %d; the pipeline fills anew",
+            "noflush: %s was written by %d stages%s%s%s: re-cut by layer for %d stages of %d; the pipeline fills anew",
             folder, there.stages, f" of {there.replicas} replicas" * bool(there.replicas),
-            " that had other layers" * moved,
+            " that had other layers" * moved, f" and {there.slices} tensor-parallel slices" * (not sliced_alike),
             engine.num_stages, engine.dp_world_size,
         )  # fmt: skip
     return {key: value for key, value in first.items() if key not in _OWN}
@@ -203,6 +209,34 @@ def _collect(folder: Path, part: int) -> dict[str, _Kept]:
                             f"checkpoint {folder}: {key} of {name} lies in a shard by matrices, and cannot be re-cut; "
                             "go on with the same stages, layers of each and replicas"
                         )
+    return kept
+
+
+def _resliced(engine: Any, of_slices: list[dict[str, _Kept]], folder: Path) -> dict[str, _Kept]:
+    """What this rank's slice has of ``of_slices``, all slices of one old stage: of its own parameters only."""
+    grid, rule = engine.grid, rule_of(engine.module)
+    assert rule is not None, "`other_shape` refuses"
+    rank, count = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
+    own = {engine.param_names[p]: p.shape for layout in engine.pipeline_stage.weights.layouts for p in layout.params}
+    kept: dict[str, _Kept] = {}
+    for name in own.keys() & of_slices[0].keys():
+        parts = [one[name] for one in of_slices]
+        shape = shape_among(rule, name, own[name], count, len(parts))
+
+        def anew(slices: list[Tensor], key: str, name: str = name, shape: torch.Size = shape) -> Tensor:
+            if any(part.numel() != shape.numel() for part in slices):
+                raise CheckpointError(
+                    f"checkpoint {folder}: {key} of {name} is of the matrices that its {len(slices)} tensor-parallel "
+                    f"slices had, and cannot be divided into {count}; go on with as many"
+                )
+            return resliced(rule, name, [part.view(shape) for part in slices], rank, count)
+
+        masters = [part.master for part in parts if part.master is not None]
+        state = {
+            key: anew([part.state[key] for part in parts], key) if value.dim() else value
+            for key, value in parts[0].state.items()
+        }
+        kept[name] = _Kept(anew(masters, "the weight") if masters else None, state, parts[0].rate)
     return kept
 
 

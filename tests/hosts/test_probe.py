@@ -22,6 +22,7 @@ EXPRESSIONS = {
         *("engine.py self.grid", "engine.py grid", "engine.py self.mpu"),
         *("assembly.py engine.grid", "assembly.py engine.mpu", "work.py self._engine.mpu"),
         *("in_flight.py engine.grid", "recut.py engine.grid", "groups.py engine.grid"),
+        *("recut.py grid", "cut_module.py grid"),
     ),
     "topology": ("assembly.py engine.grid._topo",),
     "module": (
@@ -76,12 +77,14 @@ FURTHER_IN = {
     "in_flight.py engine.pipeline_stage.runner": "ours",
     "in_flight.py engine.saves": "ours",
     "recut.py engine.pipeline_stage": "ours",
+    "recut.py engine.pipeline_stage.weights": "ours",
     "recut.py engine.lr_scheduler": "whatever the script has",
     "in_flight.py engine.checkpoint_engine": "one of DeepSpeed's several, made at run time",
     "saving.py self._engine.checkpoint_engine": "one of DeepSpeed's several, made at run time",
     "ties.py optimizer": "a script's own, of torch's class",
 }
 OUR_ATTRIBUTES = ("has_one_norm", "evaluating", "batch_of_stage", "loss_names", "saves", "recut", "__init__")
+OF_CUT_MODULES = {"slice_rule"}
 TORCHS = {
     "module": {"train", "training", "parameters", "named_parameters", "named_modules", "get_submodule"},
 }
@@ -115,7 +118,7 @@ def used(owner):
         }
         found = {n for n in found if not n.startswith("_nf_") and n not in OUR_ATTRIBUTES}
         found = (found - own) | called_above | {"save_checkpoint"}
-    return found - TORCHS.get(owner, set())
+    return found - TORCHS.get(owner, set()) - OF_CUT_MODULES
 
 
 @pytest.mark.parametrize("owner", OWNERS)

@@ -214,12 +214,9 @@ def test_pretraining_says_how_to_load_an_imported_checkpoint(tmp_path):
     convert_checkpoint.from_hf(str(tmp_path / "hf"), str(out), None, 2)
     given = [f"@{out}/model.args", *TRAINING, "--load", str(out)]
     settings_of([*given, "--finetune", "--seq-length", "8", "--init-method-std", "0.5"], 2)
+    settings_of([*given, "--finetune", "--tensor-model-parallel-size", "1", "--global-batch-size", "2"], 2)
     for more, said in [
         ([], "holds weights alone; add --finetune"),
-        (
-            ["--finetune", "--tensor-model-parallel-size", "1", "--global-batch-size", "2"],
-            "2 tensor-parallel slices, and .* is 1",
-        ),
         (["--finetune", "--norm-epsilon", "1e-3"], "norm_epsilon = 1e-06, the arguments say 0.001"),
     ]:
         with pytest.raises(ArgumentsError, match=said):
