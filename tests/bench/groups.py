@@ -38,7 +38,8 @@ from tests.multiproc.ranks import _context  # noqa: E402
 GROUPS, STAGES = 3, 2
 AFTER_S = {"rank stopped": 12.0, "link slow": 12.0, "link dead slow": 20.0}
 """For how long all are watched, where it is not 8 s: until a stopped rank was given up; for several rounds."""
-KINDS = ["rank killed", "rank stopped", "group killed", "lighthouse killed", "link slow", "link dead slow"]
+KINDS = ["nothing", "rank killed", "rank stopped", "group killed", "lighthouse killed", "link slow", "link dead slow"]
+"""``nothing`` is there to be compared with: what the machine, which others use too, does by itself."""
 SLOW = {"link slow": (200e3, 0.3), "link dead slow": (4e3, 1.5)}
 """Bits a second of a slow link, in and out, and seconds one way."""
 
@@ -143,6 +144,8 @@ def averages(lines, begin, end):
 
 def strike(kind, group, lighthouse, links):
     """Does it; who was struck."""
+    if kind == "nothing":
+        return None
     if kind == "lighthouse killed":
         lighthouse.kill()
         return None
@@ -175,7 +178,7 @@ def disturb(kind, groups, lighthouse, links):
     struck = strike(kind, random.choice(groups), lighthouse, links)
     time.sleep(AFTER_S.get(kind, 8.0))
     now, others = time.time(), [group for group in groups if group is not struck]
-    one = {"fault": kind}
+    one = {"fault": kind, "load": round(os.getloadavg()[0], 1)}
     one["longest_gap_s"], one["rate"] = watched(others, at, now)
     if kind in SLOW:
         one["its_own_gap_s"], one["its_own_rate"] = watched([struck], at, now)
@@ -183,9 +186,9 @@ def disturb(kind, groups, lighthouse, links):
         one["averages_a_s"] = round(min(averages(group.lines(), at, now) for group in others), 2)
         one["averages_a_s_before"] = round(averages(others[0].lines(), at - 3, at), 2)
         links.restore(struck.host)
-    elif struck is None:
+    elif kind == "lighthouse killed":
         lighthouse.start()
-    else:
+    elif struck is not None:
         struck.end()
         begun = time.time()
         struck.start()
