@@ -37,7 +37,7 @@ test-all: setup
 	$(BIN)/python -m pytest $(TWO) -m "not slurm"
 	$(BIN)/python -m pytest -m slurm
 
-# Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Six minutes.
+# Real SLURM daemons, a namespace a node; skipped where that cannot be (not root). Ten minutes.
 test-slurm: setup
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCONTROL = "#!/bin/sh\necho scontrol $* >&2\nexit 1\n"  # so the script ends rather than wait to be ended
 
 
-def run(folder, srun):
+def run(folder, srun, **more):
     """(exit status, output) of the script in a job whose ranks do ``srun``, a few lines of shell."""
     (folder / "bin").mkdir()
     for name, text in (("srun", f"#!/bin/sh\n{srun}\n"), ("scontrol", SCONTROL)):
@@ -23,6 +23,7 @@ def run(folder, srun):
     environ = {
         "PATH": f"{folder}/bin:{os.environ['PATH']}", "SAVE": str(folder / "save"), "SLURM_JOB_ID": "17",
         "SLURM_JOB_NAME": "x", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "a", "MASTER_ADDR": "a",
+        **more,
     }  # fmt: skip
     (folder / "save").mkdir(exist_ok=True)
     command = ["bash", str(ROOT / "launch" / "slurm" / "pretrain_gpt.sbatch"), "--mock-data"]
@@ -52,6 +53,13 @@ def test_a_job_is_tried_again_only_where_that_helps(tmp_path, srun, status, said
     assert re.search(said, text), text
     assert ("scontrol requeue 17" in text) == again
     assert not (tmp_path / "save" / "refused-17").exists()
+
+
+def test_one_task_of_an_array_is_not_tried_again_with_all_others(tmp_path):
+    """One task's number is the array's, which SLURM takes for all of them."""
+    srun = "echo -n global_step4 > $SAVE/latest; exit 1"
+    _, text = run(tmp_path, srun, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="3")
+    assert "scontrol requeue 17_3\n" in text
 
 
 def test_a_refusal_of_an_earlier_try_is_forgotten(tmp_path):

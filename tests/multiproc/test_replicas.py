@@ -5,102 +5,35 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from noflush.demo.gpt import next_token_loss, split_by_blocks
-from noflush.methods import DelayAwareMuon, DelayAwareNAdamW
+from noflush.methods import DelayAwareMuon
 from noflush.order.averaging import slice_of
-from noflush.order.schedule import Schedule
-from noflush.replicas.simulate import GroupsSimulator, SimulatedGroup
-from noflush.simulate import DelaySimulator, Precision
+from noflush.simulate import Precision
 from tests.multiproc import training as t
+from tests.multiproc.group_training import (
+    RATE,
+    assert_groups_same,
+    block,
+    nadamw,
+    simulated,
+    train_group,
+    train_replicas,
+)
 from tests.multiproc.groups import lighthouse, lighthouse_process, run_groups
 from tests.multiproc.ranks import run_ranks
 
 pytestmark = pytest.mark.multiproc
 
-RATE = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "betas": [0.99, 0.999], "weight_decay": 0.01}}
 MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
 BF16 = {"bf16": {"enabled": True}}
 
 
-def gpt_of(stages):
-    return t.GPT | {"depth": 2 * stages}
-
-
-def block(where, **more):
-    return {"replicas": {"lighthouse": where, "average_every": 3, "fraction": 0.3, "timeout_s": 20.0, **more}}
-
-
-def nadamw(params):
-    return DelayAwareNAdamW(params, lr=3e-3, betas=(0.99, 0.999), weight_decay=0.01)
-
-
 def muon(params):
     return DelayAwareMuon(params, lr=3e-3, look_ahead=0.5)
-
-
-def train_group(
-    rank, where, name, seed, stages, calls, optimizer=RATE, gas=1, more=None, extra=None, when=None, slow=0.02,
-    leaves=None, begun=None,
-):  # fmt: skip
-    """One rank of a group, which starts when the file ``when`` is there; makes the file ``leaves`` at its end.
-
-    And ``begun`` after ten calls.
-    """
-    while when is not None and not Path(when).exists():
-        time.sleep(0.02)
-    loss_fn, losses = t.recording()
-    config = t.ds_config(gas, optimizer, block(where, name=name, **(extra or {})), **(more or {}))
-    engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
-    engine.group.join()
-    born = engine.global_steps
-    for call in range(calls):
-        engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
-        time.sleep(slow)
-        if begun and call == 10:
-            Path(begun).touch()
-    engine.drain()
-    if leaves:
-        Path(leaves).touch()
-    averager = engine.group.averager
-    return {
-        "losses": losses,
-        "weights": [p.detach().clone() for p in engine.module.parameters()],
-        "exchanges": list(averager.exchanges),
-        "born_of": averager.born_of,
-        "born": born,
-        "of_all": averager.samples_of_all,
-        "key": engine.group.key,
-    }
-
-
-def simulated(results, seeds, stages, make_optimizer, drift="corrected", gas=1, **more):
-    groups = []
-    for result, seed in zip(results, seeds, strict=True):
-        parts = split_by_blocks(t.layers(gpt_of(stages)), stages)
-        simulator = DelaySimulator(parts, next_token_loss, make_optimizer, Schedule(stages, gas), **more)
-        calls = len(result[-1]["losses"]) // gas
-        data = [batch for call in range(calls) for batch in t.data(gas, seed=seed + 1000 * call)]
-        exchanges = [rank["exchanges"] for rank in result]
-        born_of = [rank["born_of"] for rank in result] if result[0]["born"] else None
-        groups.append(SimulatedGroup(result[0]["key"], simulator, data, exchanges, born_of))
-    GroupsSimulator(groups, drift).run()
-    for group in groups:
-        group.simulator.drain()
-    return groups
-
-
-def assert_groups_same(results, groups):
-    for result, group in zip(results, groups, strict=True):
-        assert result[-1]["losses"] == group.losses
-        for stage, rank in enumerate(result):
-            for got, want in zip(rank["weights"], group.simulator.parameters(stage).values(), strict=True):
-                assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -230,16 +163,6 @@ def test_a_slow_group_counts_less_and_its_schedule_keeps_up():
     assert sum(one.caught_up for one in fast) == 0
 
 
-def train_replicas(rank, stages, calls, gas):
-    loss_fn, losses = t.recording()
-    engine = t.build(stages, t.ds_config(gas, RATE, {}), gpt=gpt_of(stages), loss_fn=loss_fn)
-    seed = (1, 50)[engine.grid.get_data_parallel_rank()]
-    for call in range(calls):
-        engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
-    engine.drain()
-    return losses, [p.detach().clone() for p in engine.module.parameters()]
-
-
 @pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_in_step_they_are_data_parallelism(stages):
     calls = 8
@@ -248,7 +171,7 @@ def test_in_step_they_are_data_parallelism(stages):
             train_group, stages, [{"name": f"g{n}", "seed": seed} for n, seed in enumerate((1, 50))],
             where=where, stages=stages, calls=calls, extra={"mode": "sync"}, slow=0.0,
         )  # fmt: skip
-    replicas = run_ranks(train_replicas, 2 * stages, stages=stages, calls=calls, gas=1)
+    replicas = run_ranks(train_replicas, 2 * stages, stages=stages, calls=calls, seeds=(1, 50))
     for number, result in enumerate(results):
         whole = replicas[number::2]
         assert result[-1]["losses"] == whole[-1][0]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -99,7 +100,7 @@ class Cluster:
         self._init = 0  # the sandbox's first process, as this side numbers it
         self._nodes: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
         self._daemons: list[subprocess.Popen[bytes]] = []
-        self._jobs: dict[int, Path] = {}  # job -> its batch script's output
+        self._jobs: dict[int | str, Path] = {}  # job, or task of an array (12_0) -> its batch script's output
 
     # ---- life --------------------------------------------------------------------------------------------
 
@@ -156,9 +157,9 @@ class Cluster:
         )
         munged = ["munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket"]
         munged += [f"--{what}-file={self.folder}/munge.{what}" for what in ("key", "pid", "log", "seed")]
-        self._daemon("munged", munged)
+        self.daemon("munged", munged)
         self.wait_for((self.folder / "munge.socket").exists, 10, "munged's socket")
-        self._daemon("slurmctld", ["slurmctld", "-D"])
+        self.daemon("slurmctld", ["slurmctld", "-D"])
         for name in self.names:
             self._power_on(name)
         self.wait_for(lambda: self.node_states() == dict.fromkeys(self.names, "idle"), 30, "every node idle")
@@ -192,7 +193,8 @@ class Cluster:
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         return {**mine, "SLURM_CONF": str(self.folder / "slurm.conf"), **more}
 
-    def _daemon(self, name: str, words: Sequence[str]) -> None:
+    def daemon(self, name: str, words: Sequence[str]) -> None:
+        """Starts a program on the head node, which ends with the cluster; its output: ``name``.out in the folder."""
         with (self.folder / f"{name}.out").open("wb") as out:
             self._daemons.append(
                 subprocess.Popen(
@@ -311,20 +313,29 @@ class Cluster:
         self._jobs[job] = Path(self.job(job)["StdOut"])
         return job
 
-    def job(self, job: int) -> dict[str, str]:
+    def sbatch_array(self, tasks: int, script: Path, *arguments: str, **more: Any) -> list[str]:
+        """The same as an array of ``tasks`` tasks; returns their names, such as 12_0."""
+        options = [f"--array=0-{tasks - 1}", *more.pop("options", ())]
+        job = self.sbatch(script, *arguments, options=options, **more)
+        del self._jobs[job]
+        names = [f"{job}_{number}" for number in range(tasks)]
+        self._jobs |= {name: Path(self.job(name)["StdOut"]) for name in names}
+        return names
+
+    def job(self, job: int | str) -> dict[str, str]:
         """What ``scontrol show job`` says: JobState, Restarts, NodeList, ExitCode, Reason, ..."""
         words = self.run(["scontrol", "-o", "show", "job", str(job)]).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def state(self, job: int) -> str:
+    def state(self, job: int | str) -> str:
         """PENDING, RUNNING, COMPLETED, FAILED, ..."""
         return self.job(job)["JobState"]
 
-    def output(self, job: int) -> str:
+    def output(self, job: int | str) -> str:
         """What the batch script itself has said so far."""
         return self._jobs[job].read_text(errors="replace") if self._jobs[job].exists() else ""
 
-    def requeue_now(self, job: int) -> None:
+    def requeue_now(self, job: int | str) -> None:
         """Lets a requeued job start in two seconds: SLURM holds it back for two minutes.
 
         Not at once: nodes refuse a job in the very second in which they have ended it ("Job credential revoked").
@@ -342,7 +353,7 @@ class Cluster:
             time.sleep(0.1)
         return time.monotonic() - start
 
-    def wait_for_end(self, job: int, timeout: float) -> str:
+    def wait_for_end(self, job: int | str, timeout: float) -> str:
         """The state that ``job`` ends with."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
         self.wait_for(lambda: self.state(job) in ended, timeout, f"job {job} at its end")

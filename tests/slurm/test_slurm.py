@@ -50,7 +50,7 @@ def cluster(tmp_path_factory):
         yield cluster
 
 
-_LINE = re.compile(r"^ \[.+\] iteration +(\d+)/.* \| lm loss: (\d\.\d{6}E[+-]\d\d) \|", re.MULTILINE)
+LINE = re.compile(r"^ \[.+\] iteration +(\d+)/.* \| lm loss: (\d\.\d{6}E[+-]\d\d) \|", re.MULTILINE)
 
 
 class Job:
@@ -97,7 +97,7 @@ class Job:
 
     def losses(self, restart: int) -> dict[int, str]:
         """Iteration -> loss as printed."""
-        return {int(i): loss for i, loss in re.findall(_LINE, self.log(restart))}
+        return {int(i): loss for i, loss in re.findall(LINE, self.log(restart))}
 
     def saved(self) -> int:
         """The newest complete checkpoint's iteration."""

@@ -17,6 +17,7 @@ from noflush.order.shared_order import SharedOrder
 from noflush.replicas import process_group, transport
 from noflush.replicas.correction import correction, weighted_average
 from noflush.replicas.samples import GroupSamples
+from noflush.replicas.total import total_in_order
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 0.5, 1.0])
@@ -120,6 +121,27 @@ def test_a_quorum_of_an_old_number_meets_under_new_keys():
         with ThreadPoolExecutor(3) as members:
             found = [members.submit(meet, process_group.FreshGloo, address, rank) for rank in (2, 1, 0)]
             assert [one.result(20) for one in found] == [[6.0, 6.0]] * 3
+
+
+def add_up(address, rank, world, parts):
+    group = process_group.FreshGloo(timeout=timedelta(seconds=10))
+    group.configure(address, "x", rank, world, 1, 0, 1, list(range(world)))
+    return [total_in_order(group, part, world, timedelta(seconds=10)) for part in parts]
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_groups_are_summed_in_their_order_to_the_bit(world):
+    draw = torch.Generator().manual_seed(world)
+    lengths = (0, 1, world - 1, world, world + 1, 1000, 70_001)
+    parts = [[torch.randn(length, generator=draw) for length in lengths] for _ in range(world)]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = f"127.0.0.1:{store.port}/torchft/1/0"
+    with ThreadPoolExecutor(world) as members:
+        found = [members.submit(add_up, address, rank, world, parts[rank]) for rank in range(world)]
+        totals = [one.result(30) for one in found]
+    for number in range(len(lengths)):
+        in_order = sum((parts[rank][number] for rank in range(world)), torch.zeros(()))
+        assert all(torch.equal(total[number], in_order) for total in totals)
 
 
 class Bomb:

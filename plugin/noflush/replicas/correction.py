@@ -17,7 +17,7 @@ def averaged(total: Tensor, samples: Sequence[float]) -> Tensor | None:
 
 @torch.no_grad()
 def weighted_average(slices: Sequence[Tensor], samples: Sequence[float]) -> Tensor | None:
-    """The same of all groups' ``slices`` (float32) in one place; of two bit for bit, however they were summed."""
+    """The same of all groups' ``slices`` (float32) in one place: bit for bit, for both add in the order of groups."""
     return averaged(sum((s * w for s, w in zip(slices, samples, strict=True)), torch.zeros(())), samples)
 
 

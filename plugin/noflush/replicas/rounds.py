@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, ReduceOp  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 from torchft.manager import Manager
 
 from noflush.replicas.correction import averaged
 from noflush.replicas.process_group import FreshGloo
 from noflush.replicas.settings import ReplicasConfig
+from noflush.replicas.total import total_in_order
 from noflush.replicas.transport import State, TensorTransport
 
 FRESH, RESUMED, LIVING = 0, 1, 2
@@ -229,11 +230,9 @@ class Rounds:
             return Round(agreed, tuple(told), None)
         samples = [one["samples"] if one["number"] == agreed else 0.0 for one in told]
         mine = samples[rank]
-        total = torch.zeros(self._slice_length(agreed))
-        if part is not None and mine:
-            total += part * mine
-        work = self._group.allreduce([total], ReduceOp.SUM)
-        work.wait(timedelta(seconds=self._timeout_s))
+        # A group that has none, as it was elsewhere, sends zeros of the slice's length.
+        weighted = part * mine if part is not None and mine else torch.zeros(self._slice_length(agreed))
+        total = total_in_order(self._group, weighted, world, timedelta(seconds=self._timeout_s))
         average = averaged(total, samples)
         told = [{**one, "samples": weight} for one, weight in zip(told, samples, strict=True)]
         return Round(agreed, tuple(told), average)

@@ -42,7 +42,7 @@ class Wan:
     jitter_s: float
     bits_per_s: float
     mtu: int
-    congestion: str
+    congestion: str = "cubic"
 
     def name(self, host: int) -> str:
         """Of the host's namespace, which no other run has."""
@@ -53,13 +53,46 @@ class Wan:
         return f"10.231.77.{host + 1}"
 
 
+class Links:
+    """What each host's link is, to be changed while hosts talk. Two hosts are as far apart as the farther one says."""
+
+    def __init__(self, wan: Wan) -> None:
+        self._wan = wan
+        self.bits_per_s = multiprocessing.Array("d", [wan.bits_per_s] * wan.hosts, lock=False)
+        self.delay_s = multiprocessing.Array("d", [wan.delay_s] * wan.hosts, lock=False)
+
+    def change(self, host: int, bits_per_s: float, delay_s: float) -> None:
+        """From now on; what is on its way goes on as it was."""
+        self.bits_per_s[host], self.delay_s[host] = bits_per_s, delay_s
+
+    def restore(self, host: int) -> None:
+        """As it was in the beginning."""
+        self.change(host, self._wan.bits_per_s, self._wan.delay_s)
+
+
+def enter(name: str) -> None:
+    """Has this thread, and the threads and processes that it starts, be on the host of namespace ``name``."""
+    with open(f"/run/netns/{name}") as there:
+        _set_namespace(there.fileno(), name)
+
+
+def carried() -> tuple[int, int, int]:
+    """Bytes that have come and gone by this process's own ``wan0``, headers included; TCP segments sent again."""
+    with open("/proc/self/net/dev") as lines:
+        (words,) = [line.split(":")[1].split() for line in lines if line.strip().startswith("wan0:")]
+    with open("/proc/self/net/snmp") as lines:
+        names, values = (line.split() for line in lines if line.startswith("Tcp:"))
+    return int(words[0]), int(words[8]), int(values[names.index("RetransSegs")])
+
+
 @contextlib.contextmanager
-def running(wan: Wan):
+def running(wan: Wan, links: Links | None = None):
     """Within, the hosts are there; yields their namespaces' names, for ``ip netns exec NAME command``."""
+    links = links or Links(wan)
     names = [wan.name(host) for host in range(wan.hosts)]
     try:
         taps = [_make_host(wan, host, name) for host, name in enumerate(names)]
-        switch = multiprocessing.get_context("fork").Process(target=_switch, args=(wan, taps), daemon=True)
+        switch = multiprocessing.get_context("fork").Process(target=_switch, args=(wan, links, taps), daemon=True)
         switch.start()
         for tap in taps:
             os.close(tap)
@@ -86,19 +119,22 @@ def _make_host(wan: Wan, host: int, name: str) -> int:
 
 
 def _tap_within(name: str) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/self/ns/net") as here, open(f"/run/netns/{name}") as there:
-        if libc.setns(there.fileno(), _CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {name}")
+    with open("/proc/self/ns/net") as here:
+        enter(name)
         try:
             tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
             fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", b"wan0", _TAP_WITHOUT_HEADER))
         finally:
-            libc.setns(here.fileno(), _CLONE_NEWNET)
+            _set_namespace(here.fileno(), "of the caller")
     return tap
 
 
-def _switch(wan: Wan, taps: list[int]) -> None:
+def _set_namespace(descriptor: int, name: str) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f"setns {name}")
+
+
+def _switch(wan: Wan, links: Links, taps: list[int]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(-20)
     draw = random.Random(0)
@@ -116,7 +152,7 @@ def _switch(wan: Wan, taps: list[int]) -> None:
         while travelling and travelling[0][0] <= now:
             due, order, host, frame = heapq.heappop(travelling)
             if down[host] - due < BUFFER_S:
-                down[host] = max(due, down[host]) + 8 * len(frame) / wan.bits_per_s
+                down[host] = max(due, down[host]) + 8 * len(frame) / links.bits_per_s[host]
                 heapq.heappush(arriving, (down[host], order, host, frame))
         while arriving and arriving[0][0] <= now:
             _, _, host, frame = heapq.heappop(arriving)
@@ -131,10 +167,11 @@ def _switch(wan: Wan, taps: list[int]) -> None:
             with contextlib.suppress(BlockingIOError):
                 frame = os.read(tap, 65536)
                 now = time.monotonic()
-                up[host] = max(now, up[host]) + 8 * len(frame) / wan.bits_per_s
+                up[host] = max(now, up[host]) + 8 * len(frame) / links.bits_per_s[host]
                 # To whom: the last byte of the address, or to all.
                 for other in [frame[5]] if frame[0] == 2 else [h for h in hosts if h != host]:
                     if other in hosts:
-                        newest[host, other] = max(newest[host, other], up[host] + wan.delay_s + late)
+                        delay_s = max(links.delay_s[host], links.delay_s[other])
+                        newest[host, other] = max(newest[host, other], up[host] + delay_s + late)
                         number += 1
                         heapq.heappush(travelling, (newest[host, other], number, other, frame))
