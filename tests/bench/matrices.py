@@ -38,6 +38,7 @@ from tests.bench.update import milliseconds  # noqa: E402
 
 SHARE = 0.05
 _NEVER = 10**9
+_LEARN = "forward and backward"
 FUSED = (3, 0, 0, 0)
 """How many matrices each weight of a layer is, where more than one."""
 
@@ -96,16 +97,18 @@ def measure(args):
             out = block(x)
         out.float().sum().backward()
 
-    actions["forward and backward"] = learn
-    times = {name: [] for name in actions}
+    actions[_LEARN] = learn
+    chosen = [name for name in actions if name == _LEARN or not args.only or any(word in name for word in args.only)]
+    times = {name: [] for name in chosen}
     for _ in range(args.rounds + 1):
-        for name, action in actions.items():
-            times[name].append(milliseconds(action, device))
+        for name in chosen:
+            times[name].append(milliseconds(actions[name], device))
     median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one compiles and loads
-    refreshing = milliseconds(lambda: soap(refresh_every=1), device)
-    median["DelayAwareSOAP, refreshing"] = refreshing
-    median["DelayAwareSOAP"] += (refreshing - median["DelayAwareSOAP"]) / every
-    per_token = median["forward and backward"] / args.tokens
+    if "DelayAwareSOAP" in chosen:
+        refreshing = milliseconds(lambda: soap(refresh_every=1), device)
+        median["DelayAwareSOAP, refreshing"] = refreshing
+        median["DelayAwareSOAP"] += (refreshing - median["DelayAwareSOAP"]) / every
+    per_token = median[_LEARN] / args.tokens
     return {
         "ms": {name: round(value, 3) for name, value in median.items()},
         "tokens_for_5_percent": {
@@ -127,6 +130,7 @@ def main():
     p.add_argument("--tokens", type=int, default=512, help="of a forward and backward (default: %(default)s)")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--record", action="store_true", help="append the result to tests/bench/results/matrices.jsonl")
+    p.add_argument("--only", nargs="*", default=[], metavar="WORD", help="rows whose names have one of these words")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
