@@ -4,10 +4,10 @@
     python tests/bench/matrices.py --hidden 2048 --rounds 3 --record
 
 The layer's weights are the four matrices of attention (query, key and value fused, and cut) and the two of an MLP four
-times as wide; 768 is the 134 M model's, 2048 a 1.3 B model's. All take turns in one process; figures are medians, in one
-thread of a CPU of the time that it was computing, so that others on the machine count for little. The
-update in which SOAP finds its bases anew is timed by itself, and counts as often as it comes. Says after how many
-tokens an update costs under 5 % of a step.
+times as wide; 768 is the 134 M model's, 2048 a 1.3 B model's. All take turns in one process; figures are medians. In
+one thread of a CPU (--threads 1) they are of the time that it was computing, so that others on the machine count for
+little. The update in which SOAP finds its bases anew is timed by itself, and counts as often as it comes. Says after
+how many tokens an update costs under 5 % of a step.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ FUSED = (3, 0, 0, 0)
 class Update:
     """One method's flat state of the matrices of a layer, updated as in training, looking ahead or not."""
 
-    def __init__(self, name, shapes, device, look_ahead):
+    def __init__(self, name, shapes, device, **given):
         params = [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
         for p, fused in zip(params, FUSED, strict=True):
             if fused:
                 set_cut(p, 1, (p.shape[0] // fused,) * fused)
         self.kernel, _ = choose("triton" if device.type == "cuda" else "torch", device, 0)
-        self.rule = load(name)(params, look_ahead=look_ahead)
+        self.rule = load(name)(params, **given)
         self.rule.set_stage(Place(0, 8, 7.0))
         offsets = [sum(p.numel() for p in params[:i]) for i in range(len(params))]
         total = sum(p.numel() for p in params)
@@ -90,11 +90,12 @@ def measure(args):
     shapes = [(3 * h, h), (h, h), (4 * h, h), (h, 4 * h)]
     actions = {}
     for name in METHODS:
-        actions[name] = Update(name, shapes, device, 0.0)
+        actions[name] = Update(name, shapes, device)
     every = METHODS["DelayAwareSOAP"].params["refresh_every"].default
-    soap = actions["DelayAwareSOAP"]
-    actions["DelayAwareSOAP"] = lambda: soap(refresh_every=_NEVER)
-    actions["DelayAwareMuon, look_ahead"] = Update("DelayAwareMuon", shapes, device, 0.9)
+    soaps = {"DelayAwareSOAP": actions["DelayAwareSOAP"]}
+    soaps["DelayAwareSOAP, sides smaller"] = Update("DelayAwareSOAP", shapes, device, sides="smaller")
+    actions |= {name: lambda soap=soap: soap(refresh_every=_NEVER) for name, soap in soaps.items()}
+    actions["DelayAwareMuon, look_ahead"] = Update("DelayAwareMuon", shapes, device, look_ahead=0.9)
     matrices = [torch.randn(h, h, device=device) for _ in range(4)]
     matrices += [torch.randn(4 * h, h, device=device), torch.randn(h, 4 * h, device=device)]
     for steps in (3, 5):
@@ -115,15 +116,17 @@ def measure(args):
         for name in chosen:
             times[name].append(_computing(actions[name], device))
     median = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first one compiles and loads
-    if "DelayAwareSOAP" in chosen:
-        refreshing = _computing(lambda: soap(refresh_every=1), device)
-        median["DelayAwareSOAP, refreshing"] = refreshing
-        median["DelayAwareSOAP"] += (refreshing - median["DelayAwareSOAP"]) / every
+    for name in soaps.keys() & chosen:
+        refreshing = _computing(lambda soap=soaps[name]: soap(refresh_every=1), device)
+        median[f"{name}, refreshing"] = refreshing
+        median[name] += (refreshing - median[name]) / every
     per_token = median[_LEARN] / args.tokens
     return {
         "ms": {name: round(value, 3) for name, value in median.items()},
         "tokens_for_5_percent": {
-            name: round(median[name] * (1 - SHARE) / SHARE / per_token) for name in median if name in METHODS
+            name: round(median[name] * (1 - SHARE) / SHARE / per_token)
+            for name in median
+            if name.split(",")[0] in METHODS and not name.endswith("refreshing")
         },
         "hidden": h,
         "tokens": args.tokens,
