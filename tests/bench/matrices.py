@@ -93,7 +93,7 @@ def measure(args):
         actions[name] = Update(name, shapes, device)
     every = METHODS["DelayAwareSOAP"].params["refresh_every"].default
     soaps = {"DelayAwareSOAP": actions["DelayAwareSOAP"]}
-    soaps["DelayAwareSOAP, sides smaller"] = Update("DelayAwareSOAP", shapes, device, sides="smaller")
+    soaps["DelayAwareSOAP, estimate first"] = Update("DelayAwareSOAP", shapes, device, estimate="first")
     actions |= {name: lambda soap=soap: soap(refresh_every=_NEVER) for name, soap in soaps.items()}
     actions["DelayAwareMuon, look_ahead"] = Update("DelayAwareMuon", shapes, device, look_ahead=0.9)
     matrices = [torch.randn(h, h, device=device) for _ in range(4)]
