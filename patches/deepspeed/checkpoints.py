@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from noflush.methods.optimizer import DelayAwareOptimizer
-from noflush.patches.deepspeed import in_flight, recut
+from noflush.patches.deepspeed import in_flight, recut, universal
 from noflush.patches.deepspeed.saving import Saves
 from noflush.stage import snapshot
 from noflush.stage.checkpoint import named_by_latest
@@ -83,7 +84,7 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
         def collect(name: str) -> Any:
             stage.share_scaler()
-            with stage.at_true_weights():
+            with stage.at_true_weights(), universal.momenta_as_moments(stage.weights.rule):
                 result = super(Checkpoints, self).save_checkpoint(
                     save_dir, name, state, False, exclude_frozen_parameters
                 )
@@ -118,6 +119,7 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
         Raises:
             CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
+            ValueError: the optimizer's state is another optimizer's, or some of it is missing.
         """
         self.finish_saves()
         self.drain()
@@ -143,7 +145,8 @@ class Checkpoints(_Host):  # type: ignore[misc]
         else:
             self._nf_loads_shards = self.using_bf16_optimizer
             try:
-                result = super().load_checkpoint(*asked.args[1:], **asked.kwargs)
+                with self._nf_loading_universal():
+                    result = super().load_checkpoint(*asked.args[1:], **asked.kwargs)
             finally:
                 self._nf_loads_shards = False
             if result[0] is None:  # nothing was loaded
@@ -167,6 +170,13 @@ class Checkpoints(_Host):  # type: ignore[misc]
         if stage.reports.newest is not None:
             self._nf_show(stage.reports.newest)
         return result
+
+    def _nf_loading_universal(self) -> contextlib.AbstractContextManager[None]:
+        if not self.load_universal_checkpoint():
+            return contextlib.nullcontext()
+        optimizer: Any = self.optimizer
+        groups = optimizer.bf16_groups if self.using_bf16_optimizer else optimizer.bit16_groups
+        return universal.loading(self._nf_stage.weights.rule, groups, self.param_names)
 
     def zero_optimization(self) -> bool:
         """As DeepSpeed's; while a checkpoint is loaded also true of bf16 without ZeRO.

@@ -21,6 +21,7 @@ from torch import Tensor
 from noflush.methods.matrices import is_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.patches.deepspeed.slice_rule import resliced, rule_of, shape_among
+from noflush.patches.deepspeed.universal import own_state
 from noflush.stage.checkpoint import CheckpointError
 from noflush.stage.layout import FlatLayout
 
@@ -199,7 +200,7 @@ def _collect(folder: Path, part: int) -> dict[str, _Kept]:
             for name, piece in pieces.items():
                 found = kept.setdefault(name, _Kept(rate=groups[group]["lr"]))
                 found.master = _join(found.master, master, piece)
-                for key, value in state[group].items():
+                for key, value in own_state(state[group]).items():
                     if value.dim() == 0:
                         found.state[key] = value
                     elif value.numel() == master.numel():

@@ -26,7 +26,7 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
     """
     if not isinstance(rule, DelayAwareOptimizer) or replicas == 1:
         return
-    for number, group in enumerate(rule.param_groups):
+    for group in rule.param_groups:
         method = rule.method_of_group(group)
         if method.row.unit == "element":
             continue
@@ -40,6 +40,7 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
             if gap:
                 filler = nn.Parameter(params[0].detach().new_zeros(gap))
                 set_gap(filler)
-                names[filler] = f"noflush_gap_{number}_{shard}"
+                # Of no other stage's: converters put what all stages have into one folder, by name.
+                names[filler] = f"noflush_gap_{names[params[0]]}_{shard}"
                 arranged.append(filler)
         group["params"] = arranged

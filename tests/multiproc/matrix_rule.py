@@ -47,5 +47,5 @@ class MatrixRule(DelayAwareOptimizer):
         lambda group, place: Hyper(float(group["lr"]), group["momentum"]),
         lambda h, step, product, gradient: Coefficients(gradient, h.lr, h.momentum),
         rule,
-        state_shape=lambda name, shape: (1,) if name == "norms" else shape,
+        state_shape=lambda name, shape, group: (1,) if name == "norms" else shape,
     )

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.multiproc
 
 MUON = {"type": "DelayAwareMuon", "params": {"look_ahead": 0.5}}
 MUON_OF_DEEPSPEED = {"type": "Muon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
-SOAP = {"type": "DelayAwareSOAP", "params": {"look_ahead": 0.5, "refresh_every": 3}}
+SOAP = {"type": "DelayAwareSOAP", "params": {"look_ahead": 0.5, "refresh_every": 3, "estimate": "first"}}
 WARM_UP = {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 3e-3, "warmup_num_steps": 20}}}
 
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.multiproc
 MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "weight_decay": 0.01, "look_ahead": 0.9}}
 PLAIN_MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3}}
 SOAP = {"type": "DelayAwareSOAP", "params": {"lr": 1e-3, "refresh_every": 2, "look_ahead": 0.9}}
+OF_MOMENTUM = {"type": "DelayAwareSOAP", "params": {**SOAP["params"], "estimate": "first"}}
 NADAMW = {"type": "DelayAwareNAdamW", "params": {"lr": 3e-3, "weight_decay": 0.01, "look_ahead": 0.5}}
 ADAMW = {"type": "PipeDreamAdamW", "params": {"lr": 3e-3, "look_ahead": 1.0}}
 NAG = {"type": "DelayAwareNAG", "params": {"lr": 3e-2, "momentum": 0.9, "look_ahead": 0.3}}
@@ -37,6 +38,7 @@ def cases(stages):
         for gas in (1, 2):
             for weights in ("stash", "latest"):
                 found[f"{name}, {weights}, K={gas}"] = (gas, {"weights": weights}, {}, section, Precision(), 0.0)
+    found["first moments"] = (2, {"weights": "latest"}, {}, OF_MOMENTUM, Precision(), 0.0)
     found["clipped"] = (2, {}, {}, MUON, Precision(), 0.05)
     found["bf16"] = (1, {}, BF16, MUON, Precision(torch.bfloat16), 0.0)
     found["bf16 ZeRO-1"] = (1, {}, BF16 | ZERO, MUON, Precision(torch.bfloat16), 0.0)

@@ -52,11 +52,13 @@ def test_a_matrix_rule_is_the_simulators_to_the_bit(groups):
     t.assert_same(results, *expected(2, **({} if groups is None else {"groups": groups})))
 
 
-@pytest.mark.parametrize("name", ["DelayAwareMuon", "DelayAwareSOAP"])
+@pytest.mark.parametrize(
+    ("name", "own"), [("DelayAwareMuon", {}), ("DelayAwareSOAP", {}), ("DelayAwareSOAP", {"estimate": "first"})]
+)
 @pytest.mark.parametrize("more", [{}, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}])
-def test_zero_1_with_noflushs_own_rules_of_matrices(name, more):
+def test_zero_1_with_noflushs_own_rules_of_matrices(name, own, more):
     """As below; the fused weights of attention are three matrices each, and the rest is AdamW's."""
-    rule = {"type": name, "params": {"lr": 1e-3, "look_ahead": 0.9}}
+    rule = {"type": name, "params": {"lr": 1e-3, "look_ahead": 0.9, **own}}
     config = t.ds_config(1, rule, block={}, zero_optimization={"stage": 1}, **more)
     results = run_ranks(t.train, 4, timeout=280, stages=2, gas=1, calls=CALLS, config=config)
     precision = Precision(torch.bfloat16, torch.float32) if more else Precision()

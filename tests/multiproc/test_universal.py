@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from noflush.methods.matrices import is_matrix, set_matrix
 from tests.multiproc import training as t
 from tests.multiproc.ranks import run_ranks
 from tests.multiproc.test_mixed_checkpoints import BF16, MUON, NAG, SOAP, ZERO
@@ -27,6 +29,8 @@ CONVERTIBLE = {
     "bf16 ZeRO-1, fp32 sums": (t.NADAMW, BF16 | ZERO | {"data_types": {"grad_accum_dtype": "fp32"}}),
     "AdamW": ({"type": "PipeDreamAdamW", "params": {"lr": 3e-3}}, ZERO),
     "bf16 ZeRO-1, look-ahead": ({**t.NADAMW, "params": {**t.NADAMW["params"], "look_ahead": 0.5}}, BF16 | ZERO),
+    "Muon": (MUON, BF16 | ZERO),
+    "float32 Muon": (MUON, ZERO),
     "constant mu": ({**t.NADAMW, "params": {**t.NADAMW["params"], "momentum_schedule": "constant"}}, ZERO),
 }
 # What the converter cannot read, and why: stock DeepSpeed's checkpoints of the same kind neither.
@@ -34,9 +38,12 @@ NOT_CONVERTIBLE = {
     "float32": (t.NADAMW, {}, "can't find *_optim_states.pt"),
     "bf16": (t.NADAMW, BF16, "param_shapes must contain dictionaries"),
     "NAG": (NAG, ZERO, "KeyError: 'exp_avg'"),
-    "Muon": (MUON, BF16 | ZERO, "KeyError: 'exp_avg'"),
 }
 CASES = CONVERTIBLE | {name: case[:2] for name, case in NOT_CONVERTIBLE.items()} | {"SOAP": (SOAP, ZERO)}
+
+
+# Converted, and refused by other optimizers.
+READ = ("float32 ZeRO-1", "SOAP", "Muon")
 
 
 def _outcome(engine, losses):
@@ -92,7 +99,7 @@ def _convert(folder, name):
 @pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_universal_checkpoint_goes_on_as_if_never_stopped(replicas, tmp_path):
     """Bit for bit: the converter drops the product of NAdam's mu, which must not begin anew."""
-    names = list(CONVERTIBLE) if replicas > 1 else ["float32 ZeRO-1", "bf16 ZeRO-1", "bf16 ZeRO-1, look-ahead"]
+    names = list(CONVERTIBLE) if replicas > 1 else ["float32 ZeRO-1", "bf16 ZeRO-1", "bf16 ZeRO-1, look-ahead", "Muon"]
     whole = run_ranks(_save_and_go_on, 2 * replicas, timeout=200, folder=str(tmp_path), names=names)
     for name in names:
         done = _convert(tmp_path, name)
@@ -104,6 +111,98 @@ def test_a_universal_checkpoint_goes_on_as_if_never_stopped(replicas, tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(one[name][1], other[name][1], strict=True)), name
 
 
+def _fewer(parameters):
+    """A stage's parameters as groups, one square matrix less: two replicas' shards of the rest end with gaps."""
+    set_matrix(next(p for p in parameters if p.dim() == 2 and p.shape[0] == p.shape[1]), False)
+    return parameters
+
+
+def _save_and_tell(rank, folder):
+    """What DeepSpeed's own accessors say of each parameter at the save: weights, and what the converter looks for."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = t.build(2, t.ds_config(1, MUON, {}, **BF16, **ZERO), groups=_fewer)
+    it = iter(t.data(SAVED, seed=engine.grid.get_data_parallel_rank()))
+    for _ in range(SAVED):
+        engine.train_batch(it)
+    engine.drain()
+    engine.save_checkpoint(f"{folder}/saved", tag="one", client_state=INFO)
+    told = {}
+    for p in engine.module.parameters():
+        state = ("momentum_buffer",) * 2 if is_matrix(p) else ("exp_avg", "exp_avg_sq")
+        found = safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in state)
+        told[engine.param_names[p]] = [value.clone() for value in found]
+    return told
+
+
+def _load_and_save(rank, folder):
+    config = t.ds_config(1, MUON, {}, checkpoint={"load_universal": True}, **BF16, **ZERO)
+    engine = t.build(2, config, groups=_fewer)
+    engine.load_checkpoint(f"{folder}/saved", tag="one_universal")
+    engine.save_checkpoint(f"{folder}/again", tag="one", client_state=INFO)
+
+
+def _universal(folder):
+    """What the converter makes of checkpoint ``one`` in ``folder``: tensors by parameter and file."""
+    made = folder / "one_universal"
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = _run(TO_UNIVERSAL, "--input_folder", folder / "one", "--output_folder", made, *workers)
+    assert done.returncode == 0, done.stderr
+    files = [file for file in (made / "zero").glob("*/*.pt") if "noflush_gap" not in file.parent.name]
+    read = {(file.parent.name, file.stem): torch.load(file, weights_only=False) for file in files}
+    return {key: value["param"] if isinstance(value, dict) else value for key, value in read.items()}
+
+
+def _refused_for_its_groups(rank, folder):
+    """The first stage has no matrix, as one of the embedding alone: DeepSpeed gives its groups to the second."""
+
+    def groups(parameters):
+        for p in parameters:
+            set_matrix(p, is_matrix(p) and rank == 1)
+        return parameters
+
+    engine = t.build(2, t.ds_config(1, MUON, {}, **ZERO), groups=groups)
+    assert len(engine.pipeline_stage.weights.rule.param_groups) == 1 + engine.stage_id
+    engine.train_batch(iter(t.data(1)))
+    engine.drain()
+    engine.save_checkpoint(f"{folder}/saved", tag="one", client_state=INFO)
+    dist.barrier()
+    if rank == 0:
+        _universal(folder / "saved")
+    dist.barrier()
+    engine = t.build(2, t.ds_config(1, MUON, {}, checkpoint={"load_universal": True}, **ZERO), groups=groups)
+    with pytest.raises(ValueError, match=r"has the parameter groups of the first stage that was saved, .* run differ"):
+        engine.load_checkpoint(f"{folder}/saved", tag="one_universal")
+    alike = t.build(2, t.ds_config(1, MUON, {}, checkpoint={"load_universal": True}, **ZERO))
+    with pytest.raises(ValueError, match=r"has the parameter groups of the first stage .* this run has others; load"):
+        alike.load_checkpoint(f"{folder}/saved", tag="one_universal")
+
+
+@pytest.mark.slow
+def test_a_universal_checkpoint_whose_first_stage_has_other_groups_is_refused(tmp_path):
+    run_ranks(_refused_for_its_groups, 2, timeout=120, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("savers", "loaders"), [(1, 2), (2, 1)])
+def test_a_universal_checkpoint_of_muon_holds_its_momentum(savers, loaders, tmp_path):
+    """Element for element; and it goes into other replicas, which cut between other matrices, and out again."""
+    told = run_ranks(_save_and_tell, 2 * savers, timeout=200, folder=str(tmp_path))
+    made = _universal(tmp_path / "saved")
+    expected = {**told[0], **told[-1]}
+    assert {name for name, _ in made} == set(expected)
+    for name, values in expected.items():
+        for key, value in zip(("fp32", "exp_avg", "exp_avg_sq"), values, strict=True):
+            assert torch.equal(made[name, key], value), (name, key)
+        assert values[1].any()
+    # Under one name of both stages two processes of the converter would write one file.
+    assert len([*tmp_path.glob("saved/one_universal/zero/noflush_gap*")]) == (0 if savers == 1 else 2)
+    run_ranks(_load_and_save, 2 * loaders, timeout=200, folder=str(tmp_path))
+    again = _universal(tmp_path / "again")
+    assert again.keys() == made.keys()
+    assert all(torch.equal(again[key], value) for key, value in made.items())
+
+
 def _refused(rank, folder):
     """What NAG says of AdamW's universal checkpoint, and AdamW of one whose moments are there without a step."""
     engine = t.build(2, t.ds_config(1, NAG, {}, checkpoint={"load_universal": True}, **ZERO))
@@ -112,11 +211,17 @@ def _refused(rank, folder):
     soap = t.build(2, t.ds_config(1, SOAP, {}, checkpoint={"load_universal": True}, **ZERO))
     with pytest.raises(ValueError, match=r"lacks col_basis, col_covariance, row_basis, row_covariance, which Del"):
         soap.load_checkpoint(f"{folder}/SOAP")
+    adamw = t.build(2, t.ds_config(1, CASES["AdamW"][0], {}, checkpoint={"load_universal": True}, **BF16, **ZERO))
+    with pytest.raises(ValueError, match=r"has a momentum, as Muon keeps it, for \d.*, which an optimizer with two"):
+        adamw.load_checkpoint(f"{folder}/Muon")
+    muon = t.build(2, t.ds_config(1, MUON, {}, checkpoint={"load_universal": True}, **ZERO))
+    with pytest.raises(ValueError, match=r"lacks momentum_buffer, which DelayAwareMuon cannot go on without"):
+        muon.load_checkpoint(f"{folder}/SOAP")
     return str(error.value)
 
 
 def test_what_the_tools_cannot_read_they_refuse_and_what_they_drop_is_refused(tmp_path):
-    run_ranks(_save_and_go_on, 2, timeout=200, folder=str(tmp_path), names=[*NOT_CONVERTIBLE, "float32 ZeRO-1", "SOAP"])
+    run_ranks(_save_and_go_on, 2, timeout=200, folder=str(tmp_path), names=[*NOT_CONVERTIBLE, *READ])
     for name, (_, _, said) in NOT_CONVERTIBLE.items():
         done = _convert(tmp_path, name)
         assert done.returncode != 0, name
@@ -125,7 +230,7 @@ def test_what_the_tools_cannot_read_they_refuse_and_what_they_drop_is_refused(tm
     done = _run(TO_FP32, tmp_path / "float32 ZeRO-1", tmp_path / "fp32")
     assert done.returncode != 0
     assert "'NoneType' object has no attribute 'items'" in done.stderr
-    for name in ("float32 ZeRO-1", "SOAP"):
+    for name in READ:
         done = _convert(tmp_path, name)
         assert done.returncode == 0, done.stderr
     for said in run_ranks(_refused, 2, folder=str(tmp_path)):

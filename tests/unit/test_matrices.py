@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from noflush.kernels.eager import EagerKernel
 from noflush.methods import DelayAwareMuon, DelayAwareSOAP, PipeDreamAdamW
+from noflush.methods.flat import FlatGroup
 from noflush.methods.flops import newton_schulz
 from noflush.methods.matrices import is_matrix, mark_embeddings_and_heads, piece_of, set_cut, set_matrix
 from noflush.methods.newton_schulz import orthogonalized
@@ -75,14 +77,18 @@ def test_a_zero_gradient_moves_nothing_but_decay():
     assert torch.equal(p, before * 0.95)
 
 
-def soap_by_hand(start, gradients, lr, decay, betas, beta, eps, every):
+def soap_by_hand(start, gradients, lr, decay, betas, beta, eps, every, estimate):
     """The method's formulas for one matrix, in float64."""
     w = start.double()
     m, n = w.shape
     left, right = torch.zeros(m, m).double(), torch.zeros(n, n).double()
     first, second = torch.zeros(m, n).double(), torch.zeros(m, n).double()
     for t, g in enumerate((g.double() for g in gradients), start=1):
-        left, right = beta * left + (1 - beta) * g @ g.T, beta * right + (1 - beta) * g.T @ g
+        averaged = betas[0] * first + (1 - betas[0]) * g
+        if estimate == "second":
+            left, right = beta * left + (1 - beta) * g @ g.T, beta * right + (1 - beta) * g.T @ g
+        else:
+            left, right = averaged @ averaged.T, averaged.T @ averaged
         if t == 1:
             u, v = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
             continue
@@ -91,18 +97,20 @@ def soap_by_hand(start, gradients, lr, decay, betas, beta, eps, every):
             u, second = torch.linalg.qr(left @ u[:, order])[0], second[order]
             order = torch.diag(v.T @ right @ v).argsort(descending=True)
             v, second = torch.linalg.qr(right @ v[:, order])[0], second[:, order]
-        first = betas[0] * first + (1 - betas[0]) * g
+        first = averaged
         second = betas[1] * second + (1 - betas[1]) * (u.T @ g @ v) ** 2
         scale = lr * math.sqrt(1 - betas[1] ** (t - 1)) / (1 - betas[0] ** (t - 1))
         w = w * (1 - lr * decay) - scale * u @ ((u.T @ first @ v) / (second.sqrt() + eps)) @ v.T
     return w
 
 
-def test_soap_is_its_formulas():
+@pytest.mark.parametrize("estimate", ["second", "first"])
+def test_soap_is_its_formulas(estimate):
     draw = torch.Generator().manual_seed(4)
     params = weights([(6, 6), (5, 5), (6, 6)])
     start = [p.detach().clone() for p in params]
-    optimizer = DelayAwareSOAP(params, lr=1e-2, betas=(0.9, 0.99), shampoo_beta=0.95, weight_decay=0.1, refresh_every=3)
+    given = {"lr": 1e-2, "betas": (0.9, 0.99), "shampoo_beta": 0.95, "weight_decay": 0.1, "refresh_every": 3}
+    optimizer = DelayAwareSOAP(params, **given, estimate=estimate)
     history = [[] for _ in params]
     for _ in range(11):
         for p, kept in zip(params, history, strict=True):
@@ -112,8 +120,23 @@ def test_soap_is_its_formulas():
             kept.append(p.grad.clone())
         optimizer.step()
     for p, w, gradients in zip(params, start, history, strict=True):
-        expected = soap_by_hand(w, gradients, 1e-2, 0.1, (0.9, 0.99), 0.95, 1e-8, 3)
+        expected = soap_by_hand(w, gradients, 1e-2, 0.1, (0.9, 0.99), 0.95, 1e-8, 3, estimate)
         torch.testing.assert_close(p.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def test_soap_keeps_no_state_that_it_does_not_need():
+    params = weights([(4, 7), (7, 4), (5, 5)])
+    names = ("row_covariance", "col_covariance", "row_basis", "col_basis")
+    optimizer = DelayAwareSOAP(params, estimate="first")
+    train(optimizer, params, steps=2)
+    sizes = [[optimizer.state[p][name].numel() for name in names] for p in params]
+    assert sizes == [[0, 0, 16, 49], [0, 0, 49, 16], [0, 0, 25, 25]]
+    saved = optimizer.state_dict()
+    kernel, offsets = EagerKernel(), [0, 28, 56]
+    other = DelayAwareSOAP(params)
+    other.flatten([FlatGroup.of(0, params, offsets, 81)], kernel)
+    with pytest.raises(ValueError, match=r"has 0 numbers of row_covariance, and DelayAwareSOAP .* parameters has 16"):
+        other.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(("delay", "every"), [(7, 6), (3, 11), (0, 45)])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,12 +30,15 @@ class Laid(NamedTuple):
     alike: tuple[bool, ...]
 
 
-def lay_out(method: Method, matrices: Sequence[Piece | Part], numel: int) -> Laid:
-    """Of ``matrices`` in a flat tensor of ``numel`` elements: state of their shapes as they lie, other in a row."""
+def lay_out(method: Method, matrices: Sequence[Piece | Part], numel: int, group: Mapping[str, Any]) -> Laid:
+    """Of ``matrices`` in a flat tensor of ``numel`` elements: state of their shapes as they lie, other in a row.
+
+    ``group``: their hyper-parameters.
+    """
     columns: list[list[Piece | Part]] = []
     lengths, alike = [], []
     for name in method.row.state:
-        shapes = [method.shape_of_state(name, matrix.shape) for matrix in matrices]
+        shapes = [method.shape_of_state(name, matrix.shape, group) for matrix in matrices]
         same = shapes == [matrix.shape for matrix in matrices]
         in_a_row, offset = [], 0
         for shape in shapes:
@@ -108,16 +111,21 @@ def _in_a_row(places: Sequence[Piece | Part], t: Tensor) -> Tensor:
     return t[pieces[0].offset : pieces[0].offset + length]
 
 
-def flat_state(where: FlatGroup, method: Method, clock: Tensor, dtype: torch.dtype | None = None) -> FlatState:
-    """State of a flat group before its first update; zeros of ``dtype`` (None: the weights'), elements' alone.
+def dtype_of(group: Mapping[str, Any]) -> torch.dtype | None:
+    """In which elements' state that starts at zero is kept; None: the weights'."""
+    return torch.bfloat16 if group.get("moments") == "bf16" else None
+
+
+def flat_state(where: FlatGroup, method: Method, clock: Tensor, group: Mapping[str, Any]) -> FlatState:
+    """State of a flat group with the hyper-parameters ``group``, before its first update; elements' in `dtype_of` it.
 
     Raises RuntimeError for a matrix that a shard cuts in two.
     """
     like = where.params[0].detach()
     if method.row.unit == "element":
-        tensors = tuple(t.zero_() for t in method.new_state(like.new_zeros(where.numel), dtype))
+        tensors = tuple(t.zero_() for t in method.new_state(like.new_zeros(where.numel), dtype_of(group)))
         return FlatState(where, method, tensors, clock, None)
     if where.pieces is None:
         raise RuntimeError(f"{method.name} sees whole matrices, and a shard of them is cut by elements")
-    laid = lay_out(method, [matrix for piece in where.pieces for matrix in piece.matrices()], where.numel)
+    laid = lay_out(method, [matrix for piece in where.pieces for matrix in piece.matrices()], where.numel, group)
     return FlatState(where, method, tuple(like.new_zeros(length) for length in laid.lengths), clock, laid)

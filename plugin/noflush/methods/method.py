@@ -61,7 +61,8 @@ class Method:
         factor: ``factor(hyper, step)``: what the running product is multiplied by at update ``step``; None: none is
             kept.
         fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
-        state_shape: ``state_shape(name, shape)``: the shape of a state tensor; None: that of the weights.
+        state_shape: ``state_shape(name, shape, group)``: the shape of a state tensor of a parameter group's matrices;
+            without elements where its hyper-parameters need none of that name. None: that of the weights.
         fused: the rule for Triton, where the row says that there is one.
         still: ``still(c)``: of a method of matrices whose coefficients are the same at every step: those with which the
             rule changes nothing. A GPU then chooses between the two by itself when an update is to be skipped, with
@@ -74,7 +75,7 @@ class Method:
     rule: Callable[..., None]
     factor: Callable[[Any, float], float] | None = None
     fresh: Callable[[Tensor], tuple[Tensor, ...]] | None = None
-    state_shape: Callable[[str, Shape], Shape] | None = None
+    state_shape: Callable[[str, Shape, Mapping[str, Any]], Shape] | None = None
     fused: Fused | None = None
     still: Callable[[Any], Any] | None = None
 
@@ -87,9 +88,9 @@ class Method:
         """What an update of a matrix costs, in any unit, to share them out: operations, or elements."""
         return math.prod(shape) if self.row.flops is None else self.row.flops(*shape)
 
-    def shape_of_state(self, name: str, shape: Shape) -> Shape:
-        """The shape of state tensor ``name`` of weights of ``shape``."""
-        return shape if self.state_shape is None else self.state_shape(name, shape)
+    def shape_of_state(self, name: str, shape: Shape, group: Mapping[str, Any]) -> Shape:
+        """The shape of state tensor ``name`` of weights of ``shape`` in a parameter group."""
+        return shape if self.state_shape is None else self.state_shape(name, shape, group)
 
     def new_state(self, p: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """State of elements ``p`` before their first update; zeros are of ``dtype`` (None: theirs)."""

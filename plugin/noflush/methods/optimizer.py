@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from noflush.methods import look_ahead
 from noflush.methods.flat import Flat, FlatGroup, Kernel, Outcome
-from noflush.methods.flat_state import FlatState, flat_state, lay_out
+from noflush.methods.flat_state import FlatState, dtype_of, flat_state, lay_out
 from noflush.methods.matrices import piece_of, split_groups
 from noflush.methods.method import Method, Place, method_of
 from noflush.methods.table import METHODS
@@ -153,24 +153,24 @@ class DelayAwareOptimizer(Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if method.row.unit == "element":
                 for p in params:
-                    step, c = self._begin(p, method, hyper, _dtype(group))
+                    step, c = self._begin(p, method, hyper, group)
                     state = tuple(self.state[p][name] for name in method.row.state)
                     method.rule(p.grad, p, p, state, c, False, step)
             else:
-                self._step_matrices(params, method, hyper)
+                self._step_matrices(params, method, hyper, group)
         return loss
 
-    def _begin(self, p: Tensor, method: Method, hyper: Any, dtype: torch.dtype | None) -> tuple[int, Any]:
+    def _begin(self, p: Tensor, method: Method, hyper: Any, group: Mapping[str, Any]) -> tuple[int, Any]:
         """The number of the next update of ``p``, and its coefficients; makes its state where there is none."""
         self._check_parameter(p)
         state, row = self.state[p], method.row
         if not state:
             state["step"] = torch.tensor(0.0)
             if row.unit == "element":
-                state.update(zip(row.state, method.new_state(p, dtype), strict=True))
+                state.update(zip(row.state, method.new_state(p, dtype_of(group)), strict=True))
             else:
                 where = FlatGroup.of(0, [p], [0], p.numel())
-                state.update(zip(row.state, flat_state(where, method, state["step"]).views(0), strict=True))
+                state.update(zip(row.state, flat_state(where, method, state["step"], group).views(0), strict=True))
         state["step"] += 1
         step, product = state["step"].item(), 1.0
         if row.product is not None:
@@ -181,11 +181,11 @@ class DelayAwareOptimizer(Optimizer):
             product = state[row.product].item()
         return int(step), method.coefficients(hyper, step, product, 1.0)
 
-    def _step_matrices(self, params: Sequence[Tensor], method: Method, hyper: Any) -> None:
+    def _step_matrices(self, params: Sequence[Tensor], method: Method, hyper: Any, group: Mapping[str, Any]) -> None:
         """One update of parameters that are matrices, together as far as they have made as many."""
         together: dict[int, tuple[Any, list[Tensor]]] = {}
         for p in params:
-            step, c = self._begin(p, method, hyper, None)
+            step, c = self._begin(p, method, hyper, group)
             together.setdefault(step, (c, []))[1].append(p)
         for step, (c, members) in together.items():
             gradients, weights, states, sliced = [], [], [], []
@@ -195,7 +195,7 @@ class DelayAwareOptimizer(Optimizer):
                 gradients += [m.of(p.grad.reshape(-1)) for m in matrices]
                 weights += [m.of(p.detach().view(-1)) for m in matrices]
                 flats = [self.state[p][name].view(-1) for name in method.row.state]
-                laid = lay_out(method, matrices, p.numel())
+                laid = lay_out(method, matrices, p.numel(), group)
                 states += [tuple(place.of(t) for place, t in zip(of, flats, strict=True)) for of in laid.places]
                 sliced += [m.sliced for m in matrices]
             method.rule(gradients, weights, weights, states, sliced, c, False, step)
@@ -230,7 +230,7 @@ class DelayAwareOptimizer(Optimizer):
 
     def _flat_state(self, where: FlatGroup, clock: Tensor) -> FlatState:
         group = self.param_groups[where.group]
-        return flat_state(where, self.method_of_group(group), clock, _dtype(group))
+        return flat_state(where, self.method_of_group(group), clock, group)
 
     def adopt_state(self) -> None:
         """Moves what `state` holds into the flat tensors, and makes `state` views of them.
@@ -238,7 +238,7 @@ class DelayAwareOptimizer(Optimizer):
         For after `state` or the parameters were replaced: without any, it starts from the parameters as they are. A
         running product, which no other optimizer has and tools that rewrite checkpoints drop, is worked out.
 
-        Raises ValueError if some of a parameter's state is there and the rest is not.
+        Raises ValueError if some of a parameter's state is there and the rest is not, or is of another size.
         """
         for flat in self._flat:
             row = flat.method.row
@@ -248,6 +248,12 @@ class DelayAwareOptimizer(Optimizer):
                 self._check_whole(state, flat.method)
                 if state:
                     for view, name in zip(views, row.state, strict=True):
+                        if view.numel() != state[name].numel():
+                            raise ValueError(
+                                f"the optimizer's state has {state[name].numel()} numbers of {name}, and "
+                                f"{flat.method.name} with this run's parameters has {view.numel()}: it was saved "
+                                "with others; give those"
+                            )
                         view.copy_(state[name])
                 else:
                     flat.start(index)
@@ -374,7 +380,3 @@ class DelayAwareOptimizer(Optimizer):
         """As torch's; flat state takes the loaded values over."""
         super().load_state_dict(state_dict)
         self.adopt_state()
-
-
-def _dtype(group: Mapping[str, Any]) -> torch.dtype | None:
-    return torch.bfloat16 if group.get("moments") == "bf16" else None

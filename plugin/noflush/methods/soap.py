@@ -12,6 +12,8 @@ from noflush.methods.matrices import Shape, by_shape
 from noflush.methods.method import Method, Place
 from noflush.methods.optimizer import DelayAwareOptimizer
 
+_SIDES = {"row_covariance": 0, "row_basis": 0, "col_covariance": 1, "col_basis": 1}
+
 
 class Hyper(NamedTuple):
     """Hyper-parameters of one group at one stage; ``refresh_every`` is this stage's own."""
@@ -23,6 +25,7 @@ class Hyper(NamedTuple):
     eps: float
     weight_decay: float
     refresh_every: int
+    estimate: str
 
 
 class Coefficients(NamedTuple):
@@ -37,6 +40,8 @@ class Coefficients(NamedTuple):
         eps: added to the denominator.
         step: -lr sqrt(1 - beta2^t) / (1 - beta1^t), t counted from the second update; 0 in the first.
         refresh: whether the basis is found anew in this update.
+        estimate: what the basis is found from: the covariances of gradients (``second`` moments), or those of the first
+            moment alone, as it is now.
         first: whether it is the first update, which finds a basis and moves nothing, as SOAP's own code has it: in the
             basis of one gradient all of that gradient but its diagonal is rounding, which Adam would blow up.
     """
@@ -49,6 +54,7 @@ class Coefficients(NamedTuple):
     eps: float
     step: float
     refresh: bool
+    estimate: str
     first: bool
 
 
@@ -68,7 +74,16 @@ def hyper(group: Mapping[str, Any], place: Place) -> Hyper:
     """`Method.hyper`."""
     beta1, beta2 = group["betas"]
     every = refresh_every(group["refresh_every"], place.delay, place.stages, group["refresh_by_delay"])
-    return Hyper(float(group["lr"]), beta1, beta2, group["shampoo_beta"], group["eps"], group["weight_decay"], every)
+    return Hyper(
+        float(group["lr"]),
+        beta1,
+        beta2,
+        group["shampoo_beta"],
+        group["eps"],
+        group["weight_decay"],
+        every,
+        group["estimate"],
+    )
 
 
 def coefficients(h: Hyper, step: float, product: float, gradient: float) -> Coefficients:
@@ -83,14 +98,17 @@ def coefficients(h: Hyper, step: float, product: float, gradient: float) -> Coef
         eps=h.eps,
         step=0.0 if first else -h.lr * (1 - h.beta2**counted) ** 0.5 / (1 - h.beta1**counted),
         refresh=int(step) % h.refresh_every == 0,
+        estimate=h.estimate,
         first=first,
     )
 
 
-def state_shape(name: str, shape: Shape) -> Shape:
+def state_shape(name: str, shape: Shape, group: Mapping[str, Any]) -> Shape:
     """`Method.state_shape`: covariance and basis of the rows [m, m], of the columns [n, n]."""
-    rows, columns = shape
-    return {"row": (rows, rows), "col": (columns, columns)}.get(name.split("_")[0], shape)
+    if name not in _SIDES:
+        return shape
+    size = 0 if "covariance" in name and group["estimate"] == "first" else shape[_SIDES[name]]
+    return size, size
 
 
 def rule(
@@ -106,22 +124,23 @@ def rule(
     """`Method.rule`; of each matrix ``states`` has what the row in `table` names, in its order."""
     scaled = [g.to(w.dtype) * c.gradient for g, w in zip(gradients, weights, strict=True)]
     for places, g in by_shape(scaled):
-        m, v, rows, columns, left, right = (_stacked([states[i][k] for i in places], g) for k in range(6))
-        rows.lerp_(g @ g.mT, 1 - c.shampoo_beta)
-        columns.lerp_(g.mT @ g, 1 - c.shampoo_beta)
-        if c.first:
-            left, right = _eigenvectors(rows), _eigenvectors(columns)
-        elif c.refresh:
-            left, order = _refreshed(rows, left)
-            v = v.gather(-2, order.unsqueeze(-1).expand_as(v))
-            right, order = _refreshed(columns, right)
-            v = v.gather(-1, order.unsqueeze(-2).expand_as(v))
+        mine = [states[i] for i in places]
+        m, v = (_stacked([state[k] for state in mine], g) for k in (0, 1))
+        averaged = m.lerp(g, c.average)
+        bases = []
+        for side in (0, 1):
+            covariances, known = ([state[k + side] for state in mine] for k in (2, 4))
+            basis, order = _basis(averaged if c.estimate == "first" else g, side, covariances, known, c)
+            bases.append(basis)
+            if order is not None:
+                v = v.gather(side - 2, order.unsqueeze(-1 - side).expand_as(v))
+        left, right = bases
         if not c.first:
-            m.lerp_(g, c.average)
+            m = averaged
             v.mul_(c.beta2).add_((left.mT @ g @ right).square_(), alpha=1 - c.beta2)
         step = left @ ((left.mT @ m @ right) / (v.sqrt() + c.eps)) @ right.mT
-        for place, *kept in zip(places, m, v, rows, columns, left, right, step, strict=True):
-            for t, value in zip(states[place], kept, strict=False):
+        for place, *kept in zip(places, m, v, step, strict=True):
+            for t, value in zip(states[place], kept[:2], strict=False):
                 t.copy_(value.view(t.shape))
             w, target = weights[place], targets[place]
             new = w if master else target
@@ -129,6 +148,33 @@ def rule(
             new.add_(kept[-1].view(w.shape), alpha=c.step)
             if master:
                 target.copy_(new)
+
+
+def _basis(
+    of: Tensor, side: int, covariances: Sequence[Tensor], known: Sequence[Tensor], c: Coefficients
+) -> tuple[Tensor, Tensor | None]:
+    """The basis of a side (0: rows) of matrices ``of``, [how many, m, n], kept in ``known``; its new order, if any.
+
+    Of second moments ``covariances`` are moved on; of the first moment the covariance is its product with itself.
+    """
+    of = of if side == 0 else of.mT
+    basis, order = _stacked(known, of), None
+    if c.estimate == "second":
+        covariance = _stacked(covariances, of).lerp_(of @ of.mT, 1 - c.shampoo_beta)
+        _keep(covariance, covariances)
+    elif c.first or c.refresh:
+        covariance = of @ of.mT
+    if c.first:
+        basis = _eigenvectors(covariance)
+    elif c.refresh:
+        basis, order = _refreshed(covariance, basis)
+    _keep(basis, known)
+    return basis, order
+
+
+def _keep(stacked: Tensor, into: Sequence[Tensor]) -> None:
+    for value, t in zip(stacked, into, strict=True):
+        t.copy_(value.view(t.shape))
 
 
 def _stacked(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -162,7 +208,8 @@ class DelayAwareSOAP(DelayAwareOptimizer):
         z \leftarrow (1 - \eta\lambda) z - \eta\, U \frac{\hat M_{UV}}{\sqrt{\hat v_{UV}} + \epsilon} V^T
 
     with :math:`U, V` the eigenvectors of :math:`L, R`: in full at first, then by one step of power iteration every
-    ``refresh_every`` updates. Keeps :math:`2 (m^2 + n^2)` numbers a matrix beside its two moments.
+    ``refresh_every`` updates. Keeps :math:`2 (m^2 + n^2)` numbers a matrix beside its two moments, with
+    ``estimate="first"`` half as many.
 
     What a matrix is, and what updates the rest, is as in `DelayAwareMuon`. Its row in `table` has defaults and ranges.
 
@@ -174,6 +221,9 @@ class DelayAwareSOAP(DelayAwareOptimizer):
         eps: added to the denominator, of the rest too.
         weight_decay: lambda, decoupled.
         refresh_every: updates after which the basis is found anew.
+        estimate: the basis is that of the covariances above, or with ``first`` that of :math:`M M^T` and
+            :math:`M^T M` of the first moment as it is then, which keeps no covariance. (The authors' first-moment form
+            turns each side by the other one's basis; a power iteration of its own is this project's.)
         refresh_by_delay: more often where the delay is larger, at equal cost for all stages together.
         look_ahead: how far forwards look ahead (`methods.look_ahead`).
 

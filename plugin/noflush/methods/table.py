@@ -168,6 +168,7 @@ METHODS: dict[str, Row] = {
             "weight_decay": not_negative(1e-2),
             "refresh_every": whole(10, least=1),
             "refresh_by_delay": flag(False),
+            "estimate": one_of("second", "first"),
         },
         rest="PipeDreamAdamW",
         flops=basis_rotation,
