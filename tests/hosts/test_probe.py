@@ -40,7 +40,7 @@ EXPRESSIONS = {
     "optimizer": (
         *("engine.py self.optimizer", "work.py self._engine.optimizer", "assembly.py engine.optimizer"),
         *("update.py optimizer", "weights.py optimizer", "weights.py self.optimizer"),
-        "recut.py engine.optimizer",
+        *("recut.py engine.optimizer", "checkpoints.py optimizer"),
     ),
     "scaler": ("update.py optimizer.loss_scaler",),
     "tied": ("seam.py spec", "ties.py spec"),
