@@ -51,10 +51,10 @@ def test_the_same_script_without_the_block_is_stock():
     assert "bubble:" not in out
 
 
-SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in ((2, "stash"), (1, "latest"))]
+SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in ((2, "stash"), (1, "latest"), (2, "2bw"))]
 
 
-@pytest.mark.parametrize(("gas", "weights"), [(1, "stash"), (2, "2bw"), *SLOW])
+@pytest.mark.parametrize(("gas", "weights"), [(1, "stash"), *SLOW])
 def test_plain_torch_without_a_host_is_the_simulator_to_the_bit(gas, weights, tmp_path, monkeypatch):
     for host in ("deepspeed", "megatron", "transformers"):  # in place of those that are installed
         (tmp_path / f"{host}.py").write_text(f"raise ImportError('{host} is blocked')")

@@ -36,8 +36,11 @@ def _environment():
     [
         "import noflush, deepspeed",
         "import deepspeed, noflush",
-        "from deepspeed import initialize\nimport noflush, deepspeed",
-        "import noflush\nnoflush.register()\nnoflush.register()\nimport deepspeed\nnoflush.register()",
+        pytest.param("from deepspeed import initialize\nimport noflush, deepspeed", marks=pytest.mark.slow),
+        pytest.param(
+            "import noflush\nnoflush.register()\nnoflush.register()\nimport deepspeed\nnoflush.register()",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_import_registers_once_in_any_order(order):
@@ -81,8 +84,14 @@ def test_import_alone_is_light():
     [
         ("deepspeed.__version__ = '0.18.9'", "cannot register with DeepSpeed 0.18.9 (tested: 0.19.8): missing version"),
         ("del PE._exec_forward_pass", "PipelineEngine._exec_forward_pass. Install a tested version"),
-        ("del BF16.update_hp_grads", "bf16_optimizer.BF16_Optimizer.update_hp_grads. Install a tested version"),
-        ("deepspeed.initialize = lambda: None", "deepspeed.initialize looking up PipelineEngine"),
+        pytest.param(
+            *("del BF16.update_hp_grads", "bf16_optimizer.BF16_Optimizer.update_hp_grads. Install a tested version"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("deepspeed.initialize = lambda: None", "deepspeed.initialize looking up PipelineEngine"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_another_shape_of_host_is_refused(break_it, message):
@@ -176,12 +185,18 @@ def test_doctor_refuses_what_is_no_config(content, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+AN_OLD_ONE = "__version__ = '0.14.5'\ndef initialize(): PipelineEngine"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("__version__ = '0.14.5'\ndef initialize(): PipelineEngine", "- version 0.19.3 or newer"),
-        ("__version__ = '0.14.5'\ndef initialize(): PipelineEngine", "- deepspeed.runtime.bf16_optimizer (No module"),
-        ("__version__ = '0.19.8'", "- deepspeed.initialize looking up PipelineEngine when called"),
+        (AN_OLD_ONE, "- version 0.19.3 or newer"),
+        pytest.param(AN_OLD_ONE, "- deepspeed.runtime.bf16_optimizer (No module", marks=pytest.mark.slow),
+        pytest.param(
+            *("__version__ = '0.19.8'", "- deepspeed.initialize looking up PipelineEngine when called"),
+            marks=pytest.mark.slow,
+        ),
         ("import torch.no_such_thing", "deepspeed cannot be imported: ModuleNotFoundError"),
     ],
 )

@@ -180,7 +180,10 @@ def test_reference_is_float64_to_rounding(rule):
     assert close(w32, w64.float(), 200 if rule == "nag" else 20, 1e-1)
 
 
-@pytest.mark.parametrize("kernel", ["torch", pytest.param("compile", marks=needs_compiler), "triton"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["torch", pytest.param("compile", marks=needs_compiler), pytest.param("triton", marks=pytest.mark.slow)],
+)
 def test_500_steps_are_torchs_nadam(kernel):
     """``torch`` bit for bit; the others within 32 units in the last place (of 0.1 where a weight is smaller)."""
     n, steps = (300, 500)

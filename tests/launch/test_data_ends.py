@@ -36,7 +36,7 @@ def start(folder, documents, more):
     )
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_clean_end_is_silent(stopped, tmp_path):
     length = "--train-iters 5000000 --exit-signal-handler" if stopped else "--train-iters 4"
     more = f"{length} --split 8,1,1 --eval-interval 2 --eval-iters 2 --lr-decay-iters 4 --lr-warmup-iters 0"

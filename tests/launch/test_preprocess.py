@@ -367,7 +367,10 @@ def long_corpus(tmp_path_factory):
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [*(pytest.param(sign, marks=pytest.mark.slow) for sign in (signal.SIGINT, signal.SIGKILL)), signal.SIGTERM],
+)
 def test_told_to_end(number, long_corpus, out):
     command = [sys.executable, "-m", "noflush.launch.preprocess_data", *long_corpus]
     with subprocess.Popen(

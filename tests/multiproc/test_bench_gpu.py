@@ -50,6 +50,7 @@ def test_every_row_is_there_and_none_has_failed(tmp_path):
             assert set(row["updates"]) == {row["calls"]}
 
 
+@pytest.mark.slow
 @pytest.mark.multiproc
 def test_a_bare_machine_has_the_rows_that_torch_and_triton_suffice_for(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NOT_HERE)

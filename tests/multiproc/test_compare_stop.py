@@ -14,7 +14,10 @@ import pytest
 ASKED = ["--sequence", "8", "--width", "8", "--heads", "2", "--batch", "2", "--stages", "2", "--no-picture"]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign",
+    [*(pytest.param(sign, marks=pytest.mark.slow) for sign in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL],
+)
 def test_stopped_in_the_middle(sign, tmp_path):
     asked = ["noflush", "compare", *ASKED, "--tokens", "20000", "--out", str(tmp_path)]
     # Of a shell's background jobs SIGINT is ignored, and so it would be here.

@@ -57,7 +57,7 @@ def stop_in_the_middle(rank, victim):
         engine.train_batch(iter(t.data(1, seed=call)))
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_stopped_peer_ends_the_others_and_it_alone_is_called_silent(victim):
     """Stage 0 keeps the store, which then takes questions and never answers."""
     start = time.monotonic()

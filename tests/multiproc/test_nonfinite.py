@@ -93,7 +93,7 @@ def warm_up(optimizer):
     return WarmupLR(optimizer, warmup_max_lr=3e-3, warmup_num_steps=6)
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("stages", "replicas"), [pytest.param(2, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_skipped_update_loses_nothing_and_training_goes_on(stages, replicas):
     """Only the stage that met the infinity skips; versions, weights, rates and losses are the simulator's."""
     results = run_ranks(train_spoilt, stages * replicas, timeout=200, stages=stages)
@@ -198,7 +198,9 @@ def train_fp16(rank, stages):
     return results
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [pytest.param(2, 1, marks=pytest.mark.slow), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("stages", "replicas"), [*(pytest.param(p, 1, marks=pytest.mark.slow) for p in (2, 4)), (2, 2)]
+)
 def test_fp16_equals_the_simulator_with_the_same_scales(stages, replicas):
     results = run_ranks(train_fp16, stages * replicas, timeout=200, stages=stages)
     for name, (gas, _, _, make_optimizer, clip, wire) in FP16_CASES.items():

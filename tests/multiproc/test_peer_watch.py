@@ -43,7 +43,10 @@ def struck(rank, how, folder):
         engine.train_batch(stream)
 
 
-@pytest.mark.parametrize(("how", "word"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "has been silent")])
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [(signal.SIGKILL, "is gone"), pytest.param(signal.SIGSTOP, "has been silent", marks=pytest.mark.slow)],
+)
 def test_a_host_that_cannot_notice_ends_in_bounded_time(how, word, tmp_path):
     start = time.monotonic()
     # A stopped rank does not end; the others must, long before their sleep is over.

@@ -145,7 +145,7 @@ def expected(stages, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_tied_layers_are_the_simulator_and_go_on(stages, name, folder):
     losses, simulator = expected(stages, name)
     results = [result[name] for result in trained(stages, folder)]

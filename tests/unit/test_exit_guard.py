@@ -64,7 +64,10 @@ print("attended", flush=True)
     "end",
     [
         "raise PeerError('stage 0 (rank 0) is gone')",
-        "import sys\nfrom noflush.failure.last_words import explain\nexplain(PeerError('gone'))\nsys.exit(5)",
+        pytest.param(
+            "import sys\nfrom noflush.failure.last_words import explain\nexplain(PeerError('gone'))\nsys.exit(5)",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_plain_script_ends_in_time_after_an_uncaught_error_and_after_one_about_a_peer(end):
