@@ -14,7 +14,7 @@ first one also says what activations will be (SS, RS).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -48,8 +48,11 @@ class StageWork(Protocol):
     def input_gradients(self, buffer: int) -> list[Tensor]:
         """Gradients of the differentiable inputs; frees the buffer."""
 
-    def run_update(self) -> None:
-        """Reduces, clips, makes the next weight version and clears the gradients."""
+    def run_update(self) -> int:
+        """Reduces, clips, makes the next weight version and clears the gradients.
+
+        Returns how many nanoseconds of it were spent waiting for other ranks' norms.
+        """
 
     def make_report(self, received: Tensor | None) -> Tensor:
         """What goes to the previous stage with a batch's last gradient; ``received`` came from the next one."""
@@ -109,7 +112,7 @@ class StageRunner:
         self._to_send: Payload | None = None
         self._gradients: list[Tensor] | None = None
         self._report: Tensor | None = None
-        self._do = {
+        self._do: dict[Op, Callable[[int], int | None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.UPDATE: self._update,
@@ -213,9 +216,9 @@ class StageRunner:
                 self._do[op](index)
                 continue
             begun = self.recorder.begin(op)
-            self._do[op](index)
+            waited = self._do[op](index) or 0
             first = self.first_version if op is Op.UPDATE else self.first_micro_batch
-            self.recorder.end(op, first + index, begun)
+            self.recorder.end(op, first + index, (begun[0] + waited, begun[1]))
         self.ring.bind_newest()
 
     def number(self, m: int) -> int:
@@ -371,6 +374,7 @@ class StageRunner:
             gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
         outbox.send(self.message(m), gradients)
 
-    def _update(self, update: int) -> None:  # (7)
-        self._work.run_update()
+    def _update(self, update: int) -> int:  # (7)
+        waited = self._work.run_update()
         self._report = None
+        return waited

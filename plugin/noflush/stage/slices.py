@@ -7,8 +7,9 @@ of Megatron and DeepSpeed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,22 @@ class StageSlices:
         return torch.cat(parts, dim)
 
 
+class Waits:
+    """Time spent waiting for other ranks' norms, which is no compute."""
+
+    def __init__(self) -> None:
+        self._ns = 0
+
+    def add(self, ns: int) -> None:
+        """``ns`` nanoseconds more."""
+        self._ns += ns
+
+    def take(self) -> int:
+        """Nanoseconds since the last take."""
+        ns, self._ns = self._ns, 0
+        return ns
+
+
 @dataclass(frozen=True)
 class Slices:
     """The ranks over which a norm is taken: those that share one stage of one replica.
@@ -50,12 +67,14 @@ class Slices:
         rank: this one's place among its stage's slices.
         size: how many ranks the group has.
         of_stage: where the group spans the pipeline, this stage's slices alone.
+        waits: for the others' norms; with a flush a stage that is done waits here for all others.
     """
 
     group: Any = None
     rank: int = 0
     size: int = 1
     of_stage: StageSlices | None = None
+    waits: Waits = field(default_factory=Waits, compare=False)
 
     def counts(self, param: Parameter) -> bool:
         """Whether this slice's gradient of ``param`` goes into the stage's norm."""
@@ -66,7 +85,9 @@ class Slices:
         if self.size == 1:
             return norm
         square = norm.double() ** 2
+        begun = time.perf_counter_ns()
         dist.all_reduce(square, group=self.group)
+        self.waits.add(time.perf_counter_ns() - begun)
         return square.sqrt().float()
 
     # What DeepSpeed's optimizers ask a Megatron "mpu" for, where they take norms.

@@ -307,7 +307,7 @@ class Stage:
         """`runner.StageWork`."""
         return self.work.input_gradients(buffer)
 
-    def run_update(self) -> None:
+    def run_update(self) -> int:
         """`runner.StageWork`."""
         for param, gradient in self.tied.owed():
             self.update.add_gradient(param, gradient)
@@ -321,6 +321,7 @@ class Stage:
         self._scale = None
         self.work.updated(outcome)
         self.update_done()
+        return self.weights.slices.waits.take()
 
     def make_report(self, received: Tensor | None) -> Tensor:
         """`runner.StageWork`: the losses of a finished batch and the stages' figures, on their way up."""
