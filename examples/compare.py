@@ -3,9 +3,10 @@
     python examples/compare.py [--text FILE] [--out runs/demo]
 
 The text is tokenized into Megatron's .bin/.idx first; its bytes are the tokens, so that a small model learns something
-in a minute. All runs have the same model, data, batch size and tokens. Without the flush trains what suffers least from
-the delay, Muon with a look-ahead; with it AdamW, as most people train, and Muon, the best that is known here. Each has
-the learning rate that was best for it (docs/measured.md). Writes summary.json, loss.png and timeline.png.
+in a minute. The model's embeddings are tied, as Megatron's are by default. All runs have the same model, data, batch
+size and tokens. Without the flush trains what suffers least from the delay, Muon with a look-ahead; with it AdamW, as
+most people train, and Muon, the best that is known here. Each has the learning rate that was best for it
+(docs/measured.md). Writes summary.json, loss.png and timeline.png.
 """
 
 import argparse
@@ -51,13 +52,13 @@ class Run:
 
 MUON = {"type": "DelayAwareMuon", "params": {}}
 RUNS = {
-    "adamw": Run("AdamW, with the flush", "1f1b_flush", {"type": "PipeDreamAdamW", "params": {}}, 1e-3, "#b8a99a"),
+    "adamw": Run("AdamW, with the flush", "1f1b_flush", {"type": "PipeDreamAdamW", "params": {}}, 2.8e-3, "#b8a99a"),
     "muon": Run("Muon, with the flush", "1f1b_flush", MUON, 1.6e-2, "#9c755f"),
     "no_flush": Run(
         "Muon looking ahead, no flush",
         "1f1b_no_flush",
         {"type": "DelayAwareMuon", "params": {"look_ahead": 0.9}},
-        8e-3,
+        5.6e-3,
         "#4c78a8",
     ),
 }

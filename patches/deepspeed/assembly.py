@@ -79,7 +79,7 @@ def make_stage(
 def _make_update(engine: Any, block: AsyncPipelineConfig, weights: Weights, flushes: bool) -> tuple[StageUpdate, str]:
     update, named = _update_of(engine, block, weights)
     if engine.module.tied_comms and flushes:
-        update = TiedFirst(update, engine)
+        update = TiedFirst(update, engine, weights.slices.waits)
     return update, named
 
 

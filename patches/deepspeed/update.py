@@ -11,6 +11,7 @@ from torch import Tensor
 
 from noflush.methods.flat import Outcome
 from noflush.patches.deepspeed.weights import Bf16Weights, ZeroWeights
+from noflush.stage.slices import Waits
 from noflush.stage.update import NoLookAhead, StageUpdate
 from noflush.stage.versions import WeightRing
 from noflush.stage.weights import Weights
@@ -75,13 +76,15 @@ class WrappedUpdate(NoLookAhead):
 class TiedFirst:
     """An update before which the gradients of tied layers are added up over the stages that share them."""
 
-    def __init__(self, update: StageUpdate, engine: Any) -> None:
+    def __init__(self, update: StageUpdate, engine: Any, waits: Waits) -> None:
         self._update = update
         self._engine = engine
+        self._waits = waits
 
     def run(self, ring: WeightRing, scale: Tensor | float, whole: float = 0.0) -> Outcome:
         """As `StageUpdate.run`."""
-        self._engine._exec_reduce_tied_grads()
+        with self._waits.counted():  # for the first stage's backward
+            self._engine._exec_reduce_tied_grads()
         return self._update.run(ring, scale, whole)
 
     def add_gradient(self, param: Tensor, gradient: Tensor) -> None:

@@ -51,7 +51,7 @@ class StageWork(Protocol):
     def run_update(self) -> int:
         """Reduces, clips, makes the next weight version and clears the gradients.
 
-        Returns how many nanoseconds of it were spent waiting for other ranks' norms.
+        Returns how many nanoseconds of it were spent waiting for other ranks.
         """
 
     def make_report(self, received: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ of Megatron and DeepSpeed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,14 +42,17 @@ class StageSlices:
 
 
 class Waits:
-    """Time spent waiting for other ranks' norms, which is no compute."""
+    """Time that a stage's updates have spent waiting for other ranks, which is no compute."""
 
     def __init__(self) -> None:
         self._ns = 0
 
-    def add(self, ns: int) -> None:
-        """``ns`` nanoseconds more."""
-        self._ns += ns
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """What is done within is waiting."""
+        begun = time.perf_counter_ns()
+        yield
+        self._ns += time.perf_counter_ns() - begun
 
     def take(self) -> int:
         """Nanoseconds since the last take."""
@@ -67,7 +71,7 @@ class Slices:
         rank: this one's place among its stage's slices.
         size: how many ranks the group has.
         of_stage: where the group spans the pipeline, this stage's slices alone.
-        waits: for the others' norms; with a flush a stage that is done waits here for all others.
+        waits: for the others; with a flush a stage that is done waits here for all others.
     """
 
     group: Any = None
@@ -85,9 +89,8 @@ class Slices:
         if self.size == 1:
             return norm
         square = norm.double() ** 2
-        begun = time.perf_counter_ns()
-        dist.all_reduce(square, group=self.group)
-        self.waits.add(time.perf_counter_ns() - begun)
+        with self.waits.counted():
+            dist.all_reduce(square, group=self.group)
         return square.sqrt().float()
 
     # What DeepSpeed's optimizers ask a Megatron "mpu" for, where they take norms.
