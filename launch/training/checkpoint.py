@@ -205,7 +205,7 @@ def model_faults(settings: Checkpoints, model: Model, ranks: Ranks, recuts: bool
     if model.positions != "learned_absolute":
         free.add("max_positions")
     hint, rows = {}, there.get("vocabulary")
-    if slices != ranks.tensor and isinstance(rows, int) and not rows % ranks.tensor:
+    if slices not in (0, ranks.tensor) and isinstance(rows, int) and not rows % ranks.tensor:
         hint["vocabulary"] = f"; give --make-vocab-size-divisible-by {rows // ranks.tensor}"
     return faults + [
         f"--load {settings.load}: the checkpoint's model has {name} = {there[name]}, the arguments say {here[name]}"

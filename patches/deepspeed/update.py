@@ -11,9 +11,9 @@ from torch import Tensor
 
 from noflush.methods.flat import Outcome
 from noflush.patches.deepspeed.weights import Bf16Weights, ZeroWeights
-from noflush.stage.slices import Waits
 from noflush.stage.update import NoLookAhead, StageUpdate
 from noflush.stage.versions import WeightRing
+from noflush.stage.waits import Waits
 from noflush.stage.weights import Weights
 
 

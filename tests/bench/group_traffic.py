@@ -27,7 +27,7 @@ from noflush.order.averaging import slice_of  # noqa: E402
 from tests.bench.group_parts.apart import LighthouseApart, be_rank  # noqa: E402
 from tests.bench.record import record  # noqa: E402
 from tests.bench.wan_parts.network import Wan, carried, running  # noqa: E402
-from tests.multiproc.ranks import _context  # noqa: E402
+from tests.multiproc.ranks import CONTEXT  # noqa: E402
 
 STAGES = 2
 SETTLED = 6
@@ -39,16 +39,10 @@ WARM_UP = 4
 def rank_main(place, out, calls, sleep_s, width, replicas):
     """One rank; the first of a host writes a line a call: time, rounds, bytes in and out, segments sent again."""
     be_rank(**place)
-    import deepspeed
     import torch
 
-    import noflush
     from noflush.demo.gpt import next_token_loss
     from tests.multiproc import training as t
-
-    noflush.register()
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
 
     def loss_fn(outputs, labels):
         time.sleep(sleep_s)
@@ -77,7 +71,7 @@ def run_world(wan, worlds, timeout_s, **kwargs):
                 place = {"rank": rank, "world": len(hosts), "port": 29531, "log": log, "name": wan.name(host)}
                 place["master"] = wan.address(hosts[0])
                 outs.append((host, out, log))
-                ranks.append(_context.Process(target=rank_main, args=(place, out), kwargs=kwargs | replicas))
+                ranks.append(CONTEXT.Process(target=rank_main, args=(place, out), kwargs=kwargs | replicas))
         try:
             for process in ranks:
                 process.start()

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from tests.bench.group_parts.apart import LighthouseApart, be_rank  # noqa: E402
 from tests.bench.record import record  # noqa: E402
 from tests.bench.wan_parts.network import Links, Wan, running  # noqa: E402
-from tests.multiproc.ranks import _context  # noqa: E402
+from tests.multiproc.ranks import CONTEXT  # noqa: E402
 
 GROUPS, STAGES = 3, 2
 AFTER_S = {"rank stopped": 12.0, "link slow": 12.0, "link dead slow": 20.0}
@@ -46,18 +46,12 @@ SLOW = {"link slow": (200e3, 0.3), "link dead slow": (4e3, 1.5)}
 
 def rank_main(place, where, bind, name, log, sleep_s):
     """One rank of a group: a line a call, with time, calls, groups, loss and averages applied."""
-    be_rank(**place)
     os.nice(-15)  # before whatever else this machine runs, so that a gap is the groups' own
-    import deepspeed
+    be_rank(**place)
     import torch
 
-    import noflush
     from noflush.demo.gpt import next_token_loss
     from tests.multiproc import training as t
-
-    noflush.register()
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
 
     def loss_fn(outputs, labels):
         time.sleep(sleep_s)
@@ -91,7 +85,7 @@ class Group:
         place = {"world": STAGES, "port": 29531, "master": "127.0.0.1", "name": self._wan.name(self.host)}
         rest = self._where, self._wan.address(self.host), f"g{self.host}"
         self.processes = [
-            _context.Process(
+            CONTEXT.Process(
                 target=rank_main, args=(place | {"rank": rank, "log": f"{log}.err"}, *rest, str(log), self._sleep_s)
             )
             for rank, log in enumerate(self.logs)

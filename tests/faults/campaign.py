@@ -27,7 +27,7 @@ from noflush.demo.port import held_port
 from noflush.stage.checkpoint import newest_complete
 from tests.faults import gpt, plain
 from tests.faults.cases import CASES, Case
-from tests.multiproc.ranks import _context
+from tests.multiproc.ranks import CONTEXT
 
 # At every start multiprocessing asks all children for their ends; from another thread than the one that waits for a
 # child, it would take the answer away.
@@ -74,7 +74,7 @@ class Ranks:
             if job:
                 keep["job"] = job
             args = (rank, world, port, str(folder), what, phase, str(self.log(rank)))
-            self.processes.append(_context.Process(target=target, args=args, kwargs=keep))
+            self.processes.append(CONTEXT.Process(target=target, args=args, kwargs=keep))
         for process in self.processes:
             process.start()
 

@@ -9,7 +9,7 @@ import time
 from contextlib import ExitStack
 
 from noflush.demo.port import held_port
-from tests.multiproc.ranks import _context
+from tests.multiproc.ranks import CONTEXT
 
 
 def _rank(argv, rank, world, port, log):
@@ -37,8 +37,7 @@ class Run:
         port = self._held.enter_context(held_port())
         self.logs = [folder / f"{name}-{rank}.log" for rank in range(world)]
         self.processes = [
-            _context.Process(target=_rank, args=(argv, rank, world, port, str(self.logs[rank])))
-            for rank in range(world)
+            CONTEXT.Process(target=_rank, args=(argv, rank, world, port, str(self.logs[rank]))) for rank in range(world)
         ]
         self.start = time.monotonic()
         for process in self.processes:

@@ -13,7 +13,7 @@ import pytest
 from noflush.demo.port import held_port
 from noflush.failure.keeper import keeper_watched
 from noflush.launch.training.meeting import MeetingError, meet
-from tests.multiproc.ranks import _context
+from tests.multiproc.ranks import CONTEXT
 
 pytestmark = [pytest.mark.multiproc]
 SPLIT = "tensor 1 x pipeline 3 x data 1"
@@ -39,8 +39,8 @@ def ranks(*each, timeout=4, then=_stay):
     """Processes that meet, each (rank, world, port, more of the environment); yields what reads their answers."""
     started = []
     for rank, world, port, more in each:
-        here, there = _context.Pipe()
-        process = _context.Process(target=_meet, args=(there, rank, world, port, timeout, more, then))
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=_meet, args=(there, rank, world, port, timeout, more, then))
         process.start()
         started.append((process, here))
 

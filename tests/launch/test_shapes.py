@@ -60,13 +60,13 @@ def test_another_shape_goes_on(before, after, more, tmp_path):
     again = f"{common} {padded(after[1])} --load {tmp_path}/save --ckpt-step 5 --save {tmp_path}/again"
     resumed, said = run(after, again, tmp_path, "again")
     assert "the pipeline fills anew" in said
-    bound = 2e-2 if "bf16" in more else 1e-4
-    assert resumed == {step: pytest.approx(losses[step], abs=bound) for step in (6, 7, 8)}
+    bf16 = "bf16" in more  # in which weights are saved, to a part in 256
+    assert resumed == {step: pytest.approx(losses[step], abs=1e-3 if bf16 else 1e-4) for step in (6, 7, 8)}
     model = settings(f"{more} {padded(1)}", 1, tmp_path).model
     there, here = (read_weights(tmp_path / folder / "global_step8", model) for folder in ("save", "again"))
     assert there.keys() == here.keys()
     for name, weight in there.items():
-        torch.testing.assert_close(here[name], weight, rtol=0, atol=bound)
+        torch.testing.assert_close(here[name], weight, rtol=2**-7 if bf16 else 0, atol=1e-3 if bf16 else 1e-4)
 
 
 @slow

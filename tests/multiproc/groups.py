@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 
 from noflush.demo.port import held_port
-from tests.multiproc.ranks import _context, run_ranks
+from tests.multiproc.ranks import CONTEXT, run_ranks
 
 
 @contextmanager
@@ -34,7 +34,7 @@ class LighthouseProcess:
 
     def start(self):
         """And waits until it answers."""
-        self._process = _context.Process(target=serve, args=self._arguments)
+        self._process = CONTEXT.Process(target=serve, args=self._arguments)
         self._process.start()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

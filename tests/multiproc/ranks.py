@@ -15,8 +15,8 @@ from pathlib import Path
 from noflush.demo.port import held_port
 
 # The server imports torch, DeepSpeed and Megatron once; ranks are forked from it before any thread or group exists.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch",
         "deepspeed",
@@ -80,7 +80,7 @@ def run_ranks(function, world, timeout=120, expect_errors=False, environment=(),
     """
     with held_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _context.Process(target=_main, args=(function, rank, world, port, folder, dict(environment), kwargs))
+            CONTEXT.Process(target=_main, args=(function, rank, world, port, folder, dict(environment), kwargs))
             for rank in range(world)
         ]
         for process in ranks:

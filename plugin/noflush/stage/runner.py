@@ -218,7 +218,7 @@ class StageRunner:
             begun = self.recorder.begin(op)
             waited = self._do[op](index) or 0
             first = self.first_version if op is Op.UPDATE else self.first_micro_batch
-            self.recorder.end(op, first + index, (begun[0] + waited, begun[1]))
+            self.recorder.end(op, first + index, begun, waited)
         self.ring.bind_newest()
 
     def number(self, m: int) -> int:

@@ -7,9 +7,7 @@ of Megatron and DeepSpeed.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from noflush.stage.layout import FlatLayout
+from noflush.stage.waits import Waits
 
 
 def is_split(param: Parameter) -> bool:
@@ -39,25 +38,6 @@ class StageSlices:
         parts = [torch.empty_like(t) for _ in range(self.size)]
         dist.all_gather(parts, t.contiguous(), group=self.group)
         return torch.cat(parts, dim)
-
-
-class Waits:
-    """Time that a stage's updates have spent waiting for other ranks, which is no compute."""
-
-    def __init__(self) -> None:
-        self._ns = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """What is done within is waiting."""
-        begun = time.perf_counter_ns()
-        yield
-        self._ns += time.perf_counter_ns() - begun
-
-    def take(self) -> int:
-        """Nanoseconds since the last take."""
-        ns, self._ns = self._ns, 0
-        return ns
 
 
 @dataclass(frozen=True)

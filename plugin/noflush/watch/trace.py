@@ -114,13 +114,13 @@ class Recorder:
         marked = self._device.mark() if self._device is not None and (op is None or op in COMPUTE) else None
         return time.perf_counter_ns(), marked
 
-    def end(self, op: Op, index: int, begun: Begun) -> None:
-        """Records the action that began as ``begun``."""
+    def end(self, op: Op, index: int, begun: Begun, waited_ns: int = 0) -> None:
+        """Records the action that began as ``begun``, as so much later begun as it ``waited_ns`` for other ranks."""
         start_ns, marked = begun
         if marked is not None:
             assert self._device is not None
             self._device.add(op, marked)
-        self.add(op, index, start_ns, time.perf_counter_ns())
+        self.add(op, index, start_ns + waited_ns, time.perf_counter_ns())
 
     def end_call(self, begun: Begun) -> None:
         """Records the whole `train_batch` call that began as ``begun``."""

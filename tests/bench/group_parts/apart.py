@@ -9,14 +9,17 @@ import time
 from typing import Any
 
 from tests.bench.wan_parts.network import Wan, enter
-from tests.multiproc.ranks import _context
+from tests.multiproc.ranks import CONTEXT
 
 PORT = 29510
 """The lighthouse's, in a namespace of its own."""
 
 
 def be_rank(rank: int, world: int, port: int, master: str, name: str, log: str) -> None:
-    """Makes this process a rank on the host of namespace ``name``; what it says goes to the file ``log``."""
+    """Makes this process a rank of a world that is there, on the host of namespace ``name``.
+
+    What it says goes to the file ``log``.
+    """
     enter(name)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -26,6 +29,14 @@ def be_rank(rank: int, world: int, port: int, master: str, name: str, log: str) 
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 1)
     os.dup2(errors, 2)
+    import deepspeed
+    import torch
+
+    import noflush
+
+    noflush.register()
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
 
 
 class LighthouseApart:
@@ -47,7 +58,7 @@ class LighthouseApart:
 
     def start(self) -> None:
         """And waits until it answers."""
-        self._process = _context.Process(target=_serve, args=(self._namespace, self._host), kwargs=self._kwargs)
+        self._process = CONTEXT.Process(target=_serve, args=(self._namespace, self._host), kwargs=self._kwargs)
         self._process.start()
         asks = ["ip", "netns", "exec", self._namespace, "bash", "-c", f"exec 3<>/dev/tcp/{self._host}/{PORT}"]
         deadline = time.monotonic() + 60
