@@ -211,7 +211,9 @@ def test_doctor_explains_a_deepspeed_that_does_not_fit(source, said, tmp_path):
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert said in done.stdout
+    assert "seams in megatron-core: all found" in done.stdout
     assert "Traceback" not in done.stderr
+    assert "UserWarning" not in done.stderr
 
 
 def test_a_config_in_base64_is_checked_before_the_script_starts():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import platform
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -113,7 +114,9 @@ def _device() -> str:
 def _check_megatron_core(console: Console) -> bool:
     from noflush.patches.megatron_core import dropout as seam
 
-    missing = seam.missing_seams()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, of optional packages that it does without
+        missing = seam.missing_seams()
     console.print("seams in megatron-core: " + ("all found" if not missing else "missing"))
     for name in missing:
         console.print(f"  - {name}")
