@@ -32,7 +32,8 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
             continue
         params: list[Tensor] = [p for p in group["params"] if p.requires_grad]
         sizes = [p.numel() for p in params]
-        members = by_matrix([sum(method.cost(m.shape) for m in piece_of(p).matrices()) for p in params], replicas)
+        costs = [sum(method.cost(m.shape, group) for m in piece_of(p).matrices()) for p in params]
+        members = by_matrix(costs, replicas)
         length, arranged = shard_length(sizes, members, _UNIT), []
         for shard, of_shard in enumerate(members):
             arranged += [params[i] for i in of_shard]

@@ -15,7 +15,7 @@ ROW = Row(
     unit="matrix",
     state=("moved", "norms"),
     params={"lr": not_negative(1e-2), "momentum": fraction(0.9), "weight_decay": not_negative(0.0)},
-    flops=lambda rows, columns=1: float(rows) ** 2,
+    flops=lambda rows, columns, group: float(rows) ** 2,
 )
 
 

@@ -121,14 +121,38 @@ def test_a_muon_updates_share_is_the_closed_form():
     assert price("PipeDreamAdamW", StageShapes(((768, 3072),), 0), tokens=4096).update_share == 0
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_state_bytes_are_those_that_the_optimizer_has(name):
+@pytest.mark.parametrize("estimate", ["second", "first"])
+def test_operations_of_basis_rotation_are_those_that_torch_counts(estimate):
+    """Of three updates, the last with new bases, after a first one. torch counts products, and no factorization."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    m, n, every = 12, 20, 3
+    p = torch.nn.Parameter(torch.randn(m, n))
+    optimizer = load("DelayAwareSOAP")([p], estimate=estimate, refresh_every=every)
+    p.grad = torch.randn(m, n)
+    for _ in range(every):
+        optimizer.step()
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(every):
+            optimizer.step()
+    factorizations = 8 / 3 * (m**3 + n**3)
+    row = METHODS["DelayAwareSOAP"]
+    expected = every * row.flops(m, n, row.values({"estimate": estimate, "refresh_every": every})) - factorizations
+    assert counter.get_total_flops() == pytest.approx(expected)
+
+
+PRICED = [(name, {}) for name in METHODS] + [("DelayAwareSOAP", {"estimate": "first"})]
+
+
+@pytest.mark.parametrize(("name", "params"), PRICED)
+def test_state_bytes_are_those_that_the_optimizer_has(name, params):
     import torch
 
     shapes, others = ((6, 4), (4, 8)), ((5,),)
-    params = [torch.nn.Parameter(torch.ones(shape)) for shape in (*shapes, *others)]
-    optimizer = load(name)(params)
-    for p in params:
+    weights = [torch.nn.Parameter(torch.ones(shape)) for shape in (*shapes, *others)]
+    optimizer = load(name)(weights, **params)
+    for p in weights:
         p.grad = torch.ones_like(p)
     optimizer.step()
     held = sum(
@@ -137,10 +161,10 @@ def test_state_bytes_are_those_that_the_optimizer_has(name):
         for key, t in state.items()
         if key not in ("step", "mu_product")
     )
-    found = price(name, StageShapes(shapes, 5), tokens=1)
+    found = price(name, StageShapes(shapes, 5), tokens=1, **params)
     assert found.state_bytes == held
     assert found.look_ahead_bytes == 4 * (24 + 32 + 5)
-    assert price(name, StageShapes(shapes, 5), tokens=1, masters=True).look_ahead_bytes == 0
+    assert price(name, StageShapes(shapes, 5), tokens=1, masters=True, **params).look_ahead_bytes == 0
 
 
 def test_command_says_what_methods_cost_and_warns(capsys):

@@ -5,6 +5,9 @@ Rules of elements have none to speak of: they wait for memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 GRAM_FROM = 2
 """How much wider than high a matrix is from which on Newton-Schulz in Gram form has fewer products (on a CPU)."""
 
@@ -15,10 +18,17 @@ def newton_schulz(rows: int, columns: int, steps: int = 5) -> float:
     return 2.0 * steps * (2 * m * m * n + m**3)
 
 
-def basis_rotation(rows: int, columns: int, refresh_every: int = 10) -> float:
-    """Of SOAP: covariances and rotations, and two QR factorizations with a product each every so many updates."""
+def basis_rotation(rows: int, columns: int, group: Mapping[str, Any]) -> float:
+    """Of SOAP: rotations, covariances, and every ``refresh_every`` updates two QR factorizations of two products each.
+
+    Of the first moment covariances are made only then.
+    """
     m, n = rows, columns
-    return 8.0 * m * n * (m + n) + (2 + 8 / 3) * (m**3 + n**3) / refresh_every
+    covariances = 2.0 * m * n * (m + n)
+    refresh = (4 + 8 / 3) * (m**3 + n**3)
+    if group["estimate"] == "first":
+        covariances, refresh = 0.0, refresh + covariances
+    return 6.0 * m * n * (m + n) + covariances + refresh / int(group["refresh_every"])
 
 
 def forward_and_backward(rows: int, columns: int, tokens: int) -> float:

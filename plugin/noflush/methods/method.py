@@ -84,9 +84,10 @@ class Method:
         """What the table says."""
         return METHODS[self.name]
 
-    def cost(self, shape: Shape) -> float:
-        """What an update of a matrix costs, in any unit, to share them out: operations, or elements."""
-        return math.prod(shape) if self.row.flops is None else self.row.flops(*shape)
+    def cost(self, shape: Shape, group: Mapping[str, Any]) -> float:
+        """What an update of a group's matrix costs, in any unit, to share them out: operations, or elements."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        return float(rows * columns) if self.row.flops is None else self.row.flops(rows, columns, group)
 
     def shape_of_state(self, name: str, shape: Shape, group: Mapping[str, Any]) -> Shape:
         """The shape of state tensor ``name`` of weights of ``shape`` in a parameter group."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from noflush.methods.flops import forward_and_backward
 from noflush.methods.table import METHODS
@@ -46,18 +47,21 @@ def gpt_stage(layers: int, hidden: int, others: int) -> StageShapes:
     return StageShapes(one * layers, others)
 
 
-def price(method: str, stage: StageShapes, tokens: int, masters: bool = False) -> Price:
+def price(method: str, stage: StageShapes, tokens: int, masters: bool = False, **params: Any) -> Price:
     """What ``method`` costs a stage that updates after ``tokens`` tokens; ``masters``: of mixed precision.
+
+    ``params``: hyper-parameters that are not at their defaults.
 
     Raises KeyError for a name that no row has.
     """
     row = METHODS[method]
     matrices: Sequence[Shape] = stage.matrices if row.unit == "matrix" else ()
     rest = METHODS[row.rest] if row.rest is not None else row
-    kept = sum(row.numbers_kept(*shape) for shape in matrices)
+    group = row.values(params)
+    kept = sum(row.numbers_kept(*shape, group) for shape in matrices)
     inside = sum(rows * columns for rows, columns in matrices)
     kept += len(rest.state) * (stage.numbers - inside)
-    work = sum(row.flops(*shape) for shape in matrices) if row.flops else 0.0
+    work = sum(row.flops(*shape, group) for shape in matrices) if row.flops else 0.0
     learning = sum(forward_and_backward(*shape, tokens) for shape in stage.matrices)
     return Price(
         state_bytes=_FLOAT32 * kept,

@@ -42,8 +42,9 @@ class Row:
         triton: whether its file has the rule for the fused Triton kernel too. Else it runs in torch on a GPU.
         rest: of a method of matrices: what updates parameters that are none, with the hyper-parameters of the same
             names; None: it takes them all for matrices.
-        flops: of a method of matrices: ``flops(rows, columns)`` of an update of one; None: it waits for memory.
-        state_numbers: of a method of matrices: how many numbers of state one has; None: one an element and name.
+        flops: of a method of matrices: ``flops(rows, columns, group)`` of an update of one, by the hyper-parameters of
+            its group; None: it waits for memory.
+        state_numbers: likewise, how many numbers of state one has; None: one an element and name.
         together: what values, each in its range, may not be together: (parameter, "it must be" what).
         fixed: what else stands in a parameter group, for other optimizers that may load it.
     """
@@ -55,17 +56,18 @@ class Row:
     product: str | None = None
     triton: bool = False
     rest: str | None = None
-    flops: Callable[[int, int], float] | None = None
-    state_numbers: Callable[[int, int], int] | None = None
+    flops: Callable[[int, int, Mapping[str, Any]], float] | None = None
+    state_numbers: Callable[[int, int, Mapping[str, Any]], int] | None = None
     together: Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]] = _no_more
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "params", {**self.params, "look_ahead": LOOK_AHEAD})
 
-    def numbers_kept(self, rows: int, columns: int) -> int:
+    def numbers_kept(self, rows: int, columns: int, group: Mapping[str, Any]) -> int:
         """How many numbers of state a matrix has."""
-        return len(self.state) * rows * columns if self.state_numbers is None else self.state_numbers(rows, columns)
+        each = len(self.state) * rows * columns
+        return each if self.state_numbers is None else self.state_numbers(rows, columns, group)
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """``given`` with the defaults of all that it leaves out; lists, as JSON has them, as tuples."""
@@ -154,7 +156,7 @@ METHODS: dict[str, Row] = {
             "eps": not_negative(1e-8),
         },
         rest="PipeDreamAdamW",
-        flops=newton_schulz,
+        flops=lambda rows, columns, group: newton_schulz(rows, columns, group["ns_steps"]),
     ),
     "DelayAwareSOAP": Row(
         module="noflush.methods.soap",
@@ -172,7 +174,9 @@ METHODS: dict[str, Row] = {
         },
         rest="PipeDreamAdamW",
         flops=basis_rotation,
-        state_numbers=lambda rows, columns: 2 * (rows * columns + rows * rows + columns * columns),
+        state_numbers=lambda rows, columns, group: (
+            2 * rows * columns + (1 if group["estimate"] == "first" else 2) * (rows * rows + columns * columns)
+        ),
     ),
     "PipeDreamAdamW": Row(
         module="noflush.methods.adamw",
