@@ -13,6 +13,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.patches.deepspeed import in_flight, recut, universal
+from noflush.patches.deepspeed.kept_state import PARAMETERS, SPANS
+from noflush.patches.deepspeed.matrix_state import spans_of
 from noflush.patches.deepspeed.saving import Saves
 from noflush.stage import snapshot
 from noflush.stage.checkpoint import named_by_latest
@@ -80,7 +82,9 @@ class Checkpoints(_Host):  # type: ignore[misc]
             state[recut.ORDER] = self._nf_group.order.kept()
         if not stage.weights.has_masters:
             groups = stage.weights.rule.param_groups
-            state[recut.PARAMETERS] = [self.param_names.get(p, "") for group in groups for p in group["params"]]
+            state[PARAMETERS] = [self.param_names.get(p, "") for group in groups for p in group["params"]]
+        elif spans := spans_of(stage.weights, self.param_names, self.dp_world_size):
+            state[SPANS] = spans
 
         def collect(name: str) -> Any:
             stage.share_scaler()
@@ -155,7 +159,7 @@ class Checkpoints(_Host):  # type: ignore[misc]
                 order = result[1].get(recut.ORDER)
                 if order is not None and self._nf_group is not None and self._nf_group.order is not None:
                     self._nf_group.order.resume(order)
-                for own in (recut.PARAMETERS, recut.PARTS, recut.ORDER):
+                for own in (PARAMETERS, recut.PARTS, recut.ORDER, SPANS):
                     result[1].pop(own, None)
             if isinstance(rule, DelayAwareOptimizer):
                 rule.adopt_state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from noflush.methods.matrices import Part, Piece
 from noflush.methods.method import Method
 
 Places = tuple[Piece | Part, ...]
+_OBLONG = (1, 2)
 
 
 class Laid(NamedTuple):
@@ -29,6 +31,11 @@ class Laid(NamedTuple):
     lengths: tuple[int, ...]
     alike: tuple[bool, ...]
 
+    def owned(self, counts: Sequence[int]) -> list[tuple[Places, ...]]:
+        """``places`` of each of some parameters, which are so many matrices each."""
+        ends = list(itertools.accumulate(counts, initial=0))
+        return [self.places[first:end] for first, end in itertools.pairwise(ends)]
+
 
 def lay_out(method: Method, matrices: Sequence[Piece | Part], numel: int, group: Mapping[str, Any]) -> Laid:
     """Of ``matrices`` in a flat tensor of ``numel`` elements: state of their shapes as they lie, other in a row.
@@ -39,7 +46,8 @@ def lay_out(method: Method, matrices: Sequence[Piece | Part], numel: int, group:
     lengths, alike = [], []
     for name in method.row.state:
         shapes = [method.shape_of_state(name, matrix.shape, group) for matrix in matrices]
-        same = shapes == [matrix.shape for matrix in matrices]
+        # By the name alone, and not by whether all of these are square: no shard has it otherwise.
+        same = method.shape_of_state(name, _OBLONG, group) == _OBLONG
         in_a_row, offset = [], 0
         for shape in shapes:
             in_a_row.append(Piece(offset, shape))
@@ -84,8 +92,7 @@ class FlatState:
             return list(self.tensors)  # of a shard of many
         assert self.where.pieces is not None
         pieces = self.where.pieces
-        first = sum(len(piece.matrices()) for piece in pieces[:index])
-        mine = self.laid.places[first : first + len(pieces[index].matrices())]
+        mine = self.laid.owned([len(piece.matrices()) for piece in pieces])[index]
         return [
             pieces[index].of(t) if alike else _in_a_row([places[k] for places in mine], t)
             for k, (t, alike) in enumerate(zip(self.tensors, self.laid.alike, strict=True))
@@ -104,11 +111,15 @@ class FlatState:
 
 def _in_a_row(places: Sequence[Piece | Part], t: Tensor) -> Tensor:
     """State of one parameter that does not lie as its weights: of one matrix in its shape, of several flat."""
-    pieces = [place for place in places if isinstance(place, Piece)]
-    if len(pieces) == 1:
-        return pieces[0].of(t)
-    length = sum(torch.Size(piece.shape).numel() for piece in pieces)
-    return t[pieces[0].offset : pieces[0].offset + length]
+    (place, *more) = places
+    return t.narrow(0, *span(places)) if more or not isinstance(place, Piece) else place.of(t)
+
+
+def span(places: Sequence[Piece | Part]) -> tuple[int, int]:
+    """Where state in a row begins, and how long it is; ``places``: of one parameter's matrices."""
+    first = places[0]
+    assert isinstance(first, Piece), "state in a row lies in pieces"
+    return first.offset, sum(torch.Size(place.shape).numel() for place in places)
 
 
 def dtype_of(group: Mapping[str, Any]) -> torch.dtype | None:

@@ -254,7 +254,7 @@ class DelayAwareOptimizer(Optimizer):
                                 f"{flat.method.name} with this run's parameters has {view.numel()}: it was saved "
                                 "with others; give those"
                             )
-                        view.copy_(state[name])
+                        view.copy_(state[name].view(view.shape))
                 else:
                     flat.start(index)
                 self.state[p] = {"step": flat.clock[0]}
