@@ -24,7 +24,7 @@ def path_of(folder: str | Path, replica: int, part: int) -> Path:
 
 
 def save(engine: Any, folder: str | Path) -> None:
-    """Saves this rank's part into the checkpoint ``folder``, as DeepSpeed saves its own files; nothing when drained.
+    """Saves this rank's part into the checkpoint ``folder``; nothing when drained.
 
     Replicas hold the same weights: the first one's file has them.
     """
@@ -34,7 +34,7 @@ def save(engine: Any, folder: str | Path) -> None:
         return
     found = snapshot.take(engine.pipeline_stage, with_versions=not _replica(engine)) | {"micro_batches": _kind(engine)}
     # What is written in the background is copied on its way there.
-    engine.checkpoint_engine.save(found if engine.saves.background else snapshot.to_host(found), str(path))
+    engine.saves.save_own(found if engine.saves.background else snapshot.to_host(found), path)
 
 
 def load(engine: Any, folder: str | Path, with_schedule: bool = True) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from noflush.stage.checkpoint import PARTIAL, make_room, put_in_place, remove, sync
@@ -34,6 +35,8 @@ _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _AT_THE_END_S = 60.0
 _NUMBERS = itertools.count()  # all ranks make theirs in one order
 
+Writer = Callable[[Any, str], Any]
+
 
 @dataclass
 class _Save:
@@ -45,7 +48,7 @@ class _Save:
     latest: bool
     finish: Callable[[Path], None]
     partial: Path
-    files: deque[tuple[Any, str]] = field(default_factory=deque)
+    files: deque[tuple[Writer, Any, str]] = field(default_factory=deque)
     written: Future[str | None] | None = None
     told: bool = False
     placed: bool = False
@@ -72,6 +75,7 @@ class Saves:
         self._under_way: _Save | None = None
         self._count, self._number = 0, next(_NUMBERS)
         self._store: Any = None
+        self._save_own: Writer | None = None
         self.stalled_s = 0.0
         if background:
             self._store = dist.distributed_c10d._get_default_store()
@@ -176,13 +180,16 @@ class Saves:
         engine, writer = self._engine, self._engine.checkpoint_engine
         write, copy_script = writer.save, engine._copy_recovery_script
 
-        def keep(state_dict: Any, path: str) -> Any:
-            if self.background:
-                save.files.append((to_host(state_dict), str(path)))
-                return None
-            written = write(state_dict, path)
-            _sync(path)
-            return written
+        def keeping(write: Writer) -> Writer:
+            def keep(state_dict: Any, path: str) -> Any:
+                if self.background:
+                    save.files.append((write, to_host(state_dict), str(path)))
+                    return None
+                written = write(state_dict, path)
+                _sync(path)
+                return written
+
+            return keep
 
         def trying(action: Callable[..., Any]) -> Callable[..., Any]:
             def attempt(*args: Any, **kwargs: Any) -> Any:
@@ -196,19 +203,30 @@ class Saves:
 
             return attempt
 
-        writer.save, engine._copy_recovery_script = trying(keep), trying(copy_script)
+        writer.save, engine._copy_recovery_script = trying(keeping(write)), trying(copy_script)
+        self._save_own = trying(keeping(torch.save))
         try:
             yield
         finally:
+            self._save_own = None
             del writer.save, engine._copy_recovery_script
+
+    def save_own(self, state: Any, path: Path) -> None:
+        """Saves a file of this rank's own into the checkpoint that is being collected.
+
+        Whichever replicas DeepSpeed's ``checkpoint.writer`` writes on: those have its files, and not what the others
+        have in flight.
+        """
+        assert self._save_own is not None, "no checkpoint is being collected"
+        self._save_own(state, str(path))
 
     def _write(self, save: _Save) -> str | None:
         """Why a file could not be written; None if all are on the disk."""
         path: str | Path = save.partial
         try:
             while save.files:
-                state, path = save.files.popleft()
-                self._engine.checkpoint_engine.save(state, path)
+                write, state, path = save.files.popleft()
+                write(state, path)
                 _sync(path)
         except Exception as error:  # whatever it is: the others would wait for a rank that raised alone
             why = why_not_written(error, path, save.folder)

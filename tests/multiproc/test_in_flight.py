@@ -115,6 +115,7 @@ def undisturbed_and_saved(rank, stages, gas, config, folder, saves, calls=8):
                 engine.save_checkpoint(folder, client_state={"random": random_numbers()})
 
         found.append(run(engine, losses, stream(engine, gas, calls), range(1, calls + 1), save))
+        engine.finish_saves()
     return found
 
 
@@ -195,6 +196,16 @@ def test_saves_disturb_nothing_and_a_resumed_run_never_stopped(tmp_path, stages,
 def test_replicas_too_each_with_its_own_data(tmp_path, more):
     config = t.ds_config(2, MUON, {"extra_in_flight": 2}, **more)
     assert_undisturbed(4, 2, (5, 2), stages=2, config=config, folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("background", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_replicas_on_which_deepspeeds_writer_writes_nothing_save_what_they_have_in_flight(background, tmp_path):
+    writer = {"type": "PYTHON", "data_parallel": "SOCKET", "decoupled": False}
+    config = t.ds_config(2, t.NADAMW, {"async_save": background}, checkpoint={"writer": writer})
+    # Of the two replicas of a stage on this machine, the first one's socket writes.
+    machine = {"CROSS_SIZE": "1", "CROSS_RANK": "0"}
+    assert_undisturbed(4, 2, (5, 2), stages=2, config=config, folder=str(tmp_path), environment=machine)
+    assert len(list(tmp_path.glob("global_step5/in_flight_dp_rank_01_*"))) == 2
 
 
 def test_without_old_versions_a_save_drains_and_says_so_once(tmp_path):
