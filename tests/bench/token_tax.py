@@ -1,11 +1,12 @@
 """What groups without a barrier cost in tokens: the method's authors' setting, 8 stages x 3 groups, in the simulator.
 
-    python tests/bench/token_tax.py --updates 400 --record
+    python tests/bench/token_tax.py --updates 2400 --search 600 --seeds 1 --record
 
 A small GPT on the bytes of Python's standard library. Every contestant sees the same tokens; each has the best of three
-learning rates. Against data parallelism with a flush (one pipeline, batches three times as large, as many tokens),
-three groups that average 5 % of each stage's weights every 20 updates, heard of 10 updates later. Losses are of
-held-out text.
+learning rates, and of up to two more where the best is the smallest or the largest tried; searched by runs of
+``--search`` updates. Against data parallelism with a flush (one pipeline, batches three times as large, as many
+tokens), three groups that average 5 % of each stage's weights every 20 updates, heard of 10 updates later. Losses
+are of held-out text.
 """
 
 from __future__ import annotations
@@ -104,6 +105,31 @@ def tax(curve, target, points):
     return None
 
 
+def search(name, rates, loss_at):
+    """Losses by learning rate: of ``rates``, and of at most two more beyond an end at which the best one lies."""
+    trials = {}
+    for lr in rates:
+        trials[lr] = tried(name, lr, loss_at)
+    for _ in range(2):
+        best = min(trials, key=trials.get)
+        if best not in (min(trials), max(trials)):
+            break
+        further = best / 2 if best == min(trials) else best * 2
+        trials[further] = tried(name, further, loss_at)
+    return trials
+
+
+def tried(name, lr, loss_at):
+    """Infinite where it diverged."""
+    try:
+        loss = loss_at(lr)
+    except (ValueError, RuntimeError) as error:
+        print(name, lr, error, file=sys.stderr)
+        return math.inf
+    print(f"{name} lr {lr:g}: {loss:.4f}", file=sys.stderr, flush=True)
+    return loss if math.isfinite(loss) else math.inf
+
+
 def main(args):
     """Prints one line a contestant."""
     torch.set_num_threads(1)
@@ -111,14 +137,10 @@ def main(args):
     points = [n / 20 for n in range(1, 21)]
     found = {}
     for name, (*_, rates) in CONTESTANTS.items():
-        begun, trials = time.monotonic(), {}
-        for lr in rates:
-            try:
-                trials[lr] = train(name, lr, args.updates, 0, training, held_out, [1.0])[-1]
-            except (ValueError, RuntimeError) as error:
-                print(name, lr, error, file=sys.stderr)
-                trials[lr] = math.inf
-        best = min(trials, key=lambda lr: trials[lr] if math.isfinite(trials[lr]) else math.inf)
+        begun = time.monotonic()
+        trials = search(name, rates, lambda lr, name=name: train(name, lr, args.search or args.updates, 0, training,
+                                                                 held_out, [1.0])[-1])  # fmt: skip
+        best = min(trials, key=trials.get)
         seeds = range(1, args.seeds + 1)
         curves = [train(name, best, args.updates, seed, training, held_out, points) for seed in seeds]
         curve = [statistics.fmean(of) for of in zip(*curves, strict=True)]
@@ -131,7 +153,8 @@ def main(args):
     sync = found["AdamW, data parallel with the flush"]["curve"]
     result = {
         "stages": STAGES, "groups": GROUPS, "average_every": EVERY, "fraction": FRACTION, "late": LATE,
-        "updates": args.updates, "tokens": args.updates * BATCH * GROUPS * SEQUENCE, "seeds": args.seeds,
+        "updates": args.updates, "of_a_search": args.search or args.updates,
+        "tokens": args.updates * BATCH * GROUPS * SEQUENCE, "seeds": args.seeds,
         "contestants": {
             name: {key: value for key, value in one.items() if key != "curve"}
             | {"share_of_tokens_to_adamw_data_parallel": tax(one["curve"], sync, points)}
@@ -149,6 +172,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--search", type=int, help="updates of a search's runs (default: as many)")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--record", action="store_true")
     main(parser.parse_args())
