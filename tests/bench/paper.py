@@ -29,7 +29,7 @@ from noflush.launch.training.folder_lock import FolderLock  # noqa: E402
 from tests.bench.paper_parts import rehearsal  # noqa: E402
 from tests.bench.paper_parts.bench import Bench, console  # noqa: E402
 from tests.bench.paper_parts.contestants import ITERATIONS, chosen  # noqa: E402
-from tests.bench.paper_parts.ranks import Place, Stop  # noqa: E402
+from tests.bench.paper_parts.ranks import Place, Stop, own_job  # noqa: E402
 from tests.bench.paper_parts.rates import read_rates  # noqa: E402
 from tests.bench.paper_parts.setting import Setting  # noqa: E402
 
@@ -128,7 +128,7 @@ def main():
     if stop.first:
         console.print(f"stopped by {stop.first}; the same command goes on")
         if stop.first == "SIGUSR1" and "SLURM_JOB_ID" in os.environ:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+            subprocess.run(["scontrol", "requeue", own_job(os.environ)])
             time.sleep(60)  # SLURM ends this script
     return 0 if all(setting.iterations in row.progress.validation for row in rows) else 1
 

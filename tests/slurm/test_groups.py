@@ -1,4 +1,4 @@
-"""launch/slurm/replicas.sbatch on a real SLURM: an array of two groups, one of which dies and comes back."""
+"""launch/slurm/replicas.sbatch on a real SLURM: of an array of two groups one dies and comes back, or is cancelled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = ROOT / "launch" / "slurm" / "replicas.sbatch"
 LIGHTHOUSE = f"{HEAD}:29510"
 STAGES, GROUPS = 2, 2
 # Some .3 s an iteration on two cores: long enough for a group to come back while the other trains.
-ITERATIONS, SAVE_INTERVAL = 500, 10
+ITERATIONS, SHORT, SAVE_INTERVAL = 500, 200, 10
 # Seconds, to end what hangs.
 START, END = 200, 400
 
@@ -32,7 +32,7 @@ def cluster(tmp_path_factory):
 class Groups:
     """An array job in a folder of its own."""
 
-    def __init__(self, cluster: Cluster, folder: Path):
+    def __init__(self, cluster: Cluster, folder: Path, iterations: int = ITERATIONS):
         self.cluster, self.folder = cluster, folder
         replicas = {
             "lighthouse": "$LIGHTHOUSE",
@@ -46,7 +46,7 @@ class Groups:
         words = [
             MODEL,
             f"--pipeline-model-parallel-size {STAGES} --deepspeed_config {folder}/replicas.json",
-            f"--train-iters {ITERATIONS} --save-interval {SAVE_INTERVAL}",
+            f"--train-iters {iterations} --save-interval {SAVE_INTERVAL}",
         ]
         (folder / "gpt.args").write_text("\n".join(words))
         environment = {"SAVE": str(folder / "runs"), "SCRIPT": str(SCRIPT), "PYTHON": sys.executable}
@@ -96,10 +96,31 @@ class Groups:
         self.cluster.wait_for(holds, timeout, what)
 
 
+TOLD = f"groups: {GROUPS} (group 0, group 1)"
+
+
+def test_a_cancelled_group_is_gone_for_good_and_the_other_trains_on(cluster, tmp_path):
+    groups = Groups(cluster, tmp_path, iterations=SHORT)
+    groups.wait(lambda: TOLD in groups.log(0, 0, 0) and TOLD in groups.log(1, 0, 0), START, "groups that have met")
+    goes = next(n for n, task in enumerate(groups.tasks) if cluster.job(task)["JobId"] == task.partition("_")[0])
+    stays = 1 - goes
+    groups.wait(lambda: groups.reached(goes) > 1, START, "some training")
+    cluster.run(["scancel", groups.tasks[goes]])
+    cluster.wait_for(lambda: cluster.state(groups.tasks[goes]) == "CANCELLED", START, "the group cancelled")
+    left = groups.reached(stays)
+    assert left < SHORT
+
+    assert cluster.wait_for_end(groups.tasks[stays], END) == "COMPLETED"
+    assert list(groups.losses(stays)) == list(range(min(groups.losses(stays)), SHORT + 1))
+    assert groups.log(stays, 0, 0).rpartition("groups: ")[2].startswith("1 (")
+    assert groups.saved(stays) == SHORT
+    assert groups.restarts() == [0] * GROUPS
+    assert cluster.state(groups.tasks[goes]) == "CANCELLED"
+
+
 def test_a_group_of_an_array_dies_comes_back_and_goes_on_where_the_other_is(cluster, tmp_path):
     groups = Groups(cluster, tmp_path)
-    told = "groups: 2 (group 0, group 1)"
-    groups.wait(lambda: told in groups.log(0, 0, 0) and told in groups.log(1, 0, 0), START, "groups that have met")
+    groups.wait(lambda: TOLD in groups.log(0, 0, 0) and TOLD in groups.log(1, 0, 0), START, "groups that have met")
     # SLURM gives one task of an array the array's own number, and means all of them by it.
     dies = next(n for n, task in enumerate(groups.tasks) if cluster.job(task)["JobId"] == task.partition("_")[0])
     lives = 1 - dies
@@ -123,7 +144,7 @@ def test_a_group_of_an_array_dies_comes_back_and_goes_on_where_the_other_is(clus
     assert groups.restarts()[lives] == 0
     assert list(groups.losses(lives)) == list(range(min(groups.losses(lives)), ITERATIONS + 1))
     assert groups.reached(dies, 1) == ITERATIONS
-    assert groups.log(lives, 0, 0).count(told) >= 2  # before, and after
+    assert groups.log(lives, 0, 0).count(TOLD) >= 2  # before, and after
     for group in range(GROUPS):
         assert groups.saved(group) == ITERATIONS
         assert "finished, checkpoint" in cluster.output(groups.tasks[group])

@@ -15,7 +15,7 @@ from tests.bench.paper_parts import folders, room, table
 from tests.bench.paper_parts.agenda import Entry, Standing, best_rate, next_of
 from tests.bench.paper_parts.contestants import CONTESTANTS, NAMES, chosen
 from tests.bench.paper_parts.progress import at_tenths, read
-from tests.bench.paper_parts.ranks import Place
+from tests.bench.paper_parts.ranks import Place, own_job
 from tests.bench.paper_parts.rates import read_rates
 from tests.bench.paper_parts.setting import CONFIG, Setting, described, ds_config, every, main_run, trials, words
 
@@ -256,6 +256,11 @@ def test_where_ranks_go_and_whether_they_fit():
     short = room.shortage("host id", [4e9] * 8, [24e9, 16e9], "muon")
     assert short.startswith("muon: its ranks on GPU 1 need 18.4 GB at least, and there are 16.0 GB")
     assert "on this machine need 36.8 GB" in room.shortage("gloo", [4e9] * 8, [24e9], "muon")
+
+
+def test_one_task_of_an_array_goes_back_into_the_queue_alone():
+    assert own_job({"SLURM_JOB_ID": "7"}) == "7"
+    assert own_job({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}) == "7_1"
 
 
 def test_a_job_of_another_number_of_tasks():

@@ -38,6 +38,12 @@ class Stop:
         self.first = self.first or signal.Signals(number).name
 
 
+def own_job(environ):
+    """This job's number for scontrol. One task of an array has the array's own, by which SLURM means all of them."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
+
+
 class Place:
     """Where ``stages`` ranks run: tasks of this SLURM job, GPUs of this machine, or its CPUs.
 
