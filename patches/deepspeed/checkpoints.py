@@ -14,10 +14,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.patches.deepspeed import in_flight, recut, universal
 from noflush.patches.deepspeed.kept_state import PARAMETERS, SPANS
-from noflush.patches.deepspeed.matrix_state import spans_of
+from noflush.patches.deepspeed.matrix_state import spans_of, was_laid_otherwise
 from noflush.patches.deepspeed.saving import Saves
 from noflush.stage import snapshot
-from noflush.stage.checkpoint import named_by_latest
+from noflush.stage.checkpoint import CheckpointError, named_by_latest
 from noflush.stage.stage import Stage
 
 _Host: Any = PipelineEngine if TYPE_CHECKING else object
@@ -156,6 +156,12 @@ class Checkpoints(_Host):  # type: ignore[misc]
             if result[0] is None:  # nothing was loaded
                 rule.state.update(kept)
             elif result[1] is not None:
+                known = SPANS in result[1] or alone or not self._nf_stage.weights.has_masters
+                if not known and was_laid_otherwise(self._nf_stage.weights):
+                    raise CheckpointError(
+                        f"checkpoint {result[0]} is of an older noflush, which kept state of square matrices in "
+                        "another order: take its weights alone (load_module_only=True)"
+                    )
                 order = result[1].get(recut.ORDER)
                 if order is not None and self._nf_group is not None and self._nf_group.order is not None:
                     self._nf_group.order.resume(order)

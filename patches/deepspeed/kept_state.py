@@ -16,6 +16,7 @@ from torch import Tensor
 
 from noflush.patches.deepspeed.slice_rule import resliced, rule_of, shape_among
 from noflush.patches.deepspeed.universal import own_state
+from noflush.patches.deepspeed.whole_matrices import GAP
 from noflush.stage.checkpoint import CheckpointError
 
 PARAMETERS = "noflush_parameters"
@@ -71,8 +72,13 @@ def collect(folder: Path, part: int) -> dict[str, Kept]:
         of_shard = read(shard)["optimizer_state_dict"]
         state, groups = of_shard["base_optimizer_state"]["state"], of_shard["base_optimizer_state"]["param_groups"]
         masters = of_shard["single_partition_of_fp32_groups"]
+        paddings = of_shard.get("group_paddings") or [0] * len(masters)
         for group, (master, pieces) in enumerate(zip(masters, of_shard["param_slice_mappings"], strict=True)):
+            # ZeRO saves masters without the padding at their end, and state with it.
+            as_weights = (master.numel(), master.numel() + paddings[group])
             for name, piece in pieces.items():
+                if name.startswith(GAP):
+                    continue
                 found = kept.setdefault(name, Kept(rate=groups[group]["lr"]))
                 found.master = _join(found.master, master, piece)
                 for key, value in own_state(state[group]).items():
@@ -80,7 +86,7 @@ def collect(folder: Path, part: int) -> dict[str, Kept]:
                         found.state[key] = value
                     elif key in spans.get(name, {}):
                         found.state[key] = value.view(-1)[slice(*spans[name][key])]
-                    elif value.numel() == master.numel():
+                    elif value.numel() in as_weights:
                         found.state[key] = _join(found.state.get(key), value, piece)
                     else:
                         raise CheckpointError(

@@ -59,3 +59,13 @@ def spans_of(weights: Any, names: Mapping[Any, str], replicas: int) -> Spans:
                 for p, where in of_params.items():
                     found.setdefault(names[p], {})[name] = where.start, where.stop
     return found
+
+
+def was_laid_otherwise(weights: Any) -> bool:
+    """Whether a file without `spans_of` has state of this shard elsewhere: that of square matrices lay as they do."""
+    for group, (master, start, layout) in zip(weights.rule.param_groups, weights.master_shards(), strict=True):
+        rows = rows_in_shard(weights.rule, group, layout, start, master.numel())
+        shapes = {m.shape for row in rows.values() for p in row for m in piece_of(p).matrices()}
+        if rows and all(height == width for height, width in shapes):
+            return True
+    return False

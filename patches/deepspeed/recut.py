@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from noflush.methods.matrices import is_gap
@@ -30,6 +31,7 @@ from noflush.patches.deepspeed.kept_state import (
 )
 from noflush.patches.deepspeed.matrix_state import rows_in_shard
 from noflush.patches.deepspeed.slice_rule import rule_of
+from noflush.patches.deepspeed.whole_matrices import GAP
 from noflush.stage.checkpoint import CheckpointError
 from noflush.stage.layout import FlatLayout
 
@@ -73,7 +75,7 @@ def shape_of(folder: Path) -> Shape | None:
 
 
 def other_shape(engine: Any, folder: Path) -> Shape | None:
-    """The shape of the checkpoint in ``folder``, where it is another than this run's; else None.
+    """The shape of the checkpoint in ``folder``, where it must be re-cut for this run; else None. Collective.
 
     Raises CheckpointError if it cannot be re-cut.
     """
@@ -90,9 +92,46 @@ def other_shape(engine: Any, folder: Path) -> Shape | None:
             )
         return there
     same_replicas = there.replicas in (0, engine.dp_world_size)
-    if there.stages == engine.num_stages and same_replicas and _cut_alike(engine.module.parts, folder, there):
-        return None
-    return there
+    alike = there.stages == engine.num_stages and same_replicas and _cut_alike(engine.module.parts, folder, there)
+    return None if alike and _shared_alike(engine, folder) else there
+
+
+def _shared_alike(engine: Any, folder: Path) -> bool:
+    """Whether every replica's shard has the parameters that it had, in the same places. Collective.
+
+    DeepSpeed loads a shard by place. Another release may share matrices out otherwise.
+    """
+    shards = shards_of(folder, engine.grid.get_model_parallel_rank())
+    mine = True
+    if shards and engine.pipeline_stage.weights.has_masters:
+        saved = read(shards[engine.grid.get_data_parallel_rank()])["optimizer_state_dict"].get("param_slice_mappings")
+        there = _places(saved or [])
+        known = {*engine.param_names.values()}  # a script may have renamed its layers: DeepSpeed goes by places
+        mine = not {*there} <= known or there == _places(engine.optimizer._param_slice_mappings)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    return all(everywhere)
+
+
+def _places(mappings: list[Any]) -> dict[str, tuple[int, int, int]]:
+    """By name of a parameter: its group, and where in the shard it lies."""
+    return {
+        name: (group, piece.start, piece.numel)
+        for group, pieces in enumerate(mappings)
+        for name, piece in pieces.items()
+        if not name.startswith(GAP)
+    }
+
+
+def _how_cut(engine: Any, there: Shape) -> str:
+    words = f"{there.stages} stages" + f" of {there.replicas} replicas" * bool(there.replicas)
+    if there.slices != engine.grid.get_slice_parallel_world_size():
+        return f"{words} and {there.slices} tensor-parallel slices"
+    if there.stages != engine.num_stages:
+        return words
+    if there.parts != tuple(engine.module.parts):
+        return f"{words} that had other layers"
+    return f"{words} that shared matrices out otherwise" if there.replicas == engine.dp_world_size else words
 
 
 def _cut_alike(parts: list[int], folder: Path, there: Shape) -> bool:
@@ -122,7 +161,7 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
         with_schedule: as DeepSpeed's ``load_lr_scheduler_states``.
 
     Raises:
-        CheckpointError: it lacks a parameter's state, or has some that depends on how matrices lay in a shard.
+        CheckpointError: it lacks a parameter's state, or has some that this run's optimizer has otherwise.
     """
     engine.module.load_state_dir(str(folder), strict=strict, checkpoint_engine=engine.checkpoint_engine)
     sliced_alike = there.slices == engine.grid.get_slice_parallel_world_size()
@@ -146,12 +185,9 @@ def load(engine: Any, folder: Path, there: Shape, strict: bool, with_schedule: b
     engine.global_steps, engine.skipped_steps = first["global_steps"], first["skipped_steps"]
     engine.global_samples = first.get("global_samples", first["global_steps"] * engine.train_batch_size())
     if engine.global_rank == 0:
-        moved = there.stages == engine.num_stages and there.parts != tuple(engine.module.parts)
         logger.warning(
-            "noflush: %s was written by %d stages%s%s%s: re-cut by layer for %d stages of %d; the pipeline fills anew",
-            folder, there.stages, f" of {there.replicas} replicas" * bool(there.replicas),
-            " that had other layers" * moved, f" and {there.slices} tensor-parallel slices" * (not sliced_alike),
-            engine.num_stages, engine.dp_world_size,
+            "noflush: %s was written by %s: re-cut by layer for %d stages of %d; the pipeline fills anew",
+            folder, _how_cut(engine, there), engine.num_stages, engine.dp_world_size,
         )  # fmt: skip
     return {key: value for key, value in first.items() if key not in _OWN}
 

@@ -15,6 +15,8 @@ from noflush.methods.matrices import piece_of, set_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.stage.cut import by_matrix, shard_length
 
+GAP = "noflush_gap_"
+"""With which the names of gaps begin."""
 _UNIT = 2
 """DeepSpeed aligns a shard to so many elements."""
 
@@ -32,8 +34,7 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
             continue
         params: list[Tensor] = [p for p in group["params"] if p.requires_grad]
         sizes = [p.numel() for p in params]
-        costs = [sum(method.cost(m.shape, group) for m in piece_of(p).matrices()) for p in params]
-        members = by_matrix(costs, replicas)
+        members = by_matrix([sum(method.cost(m.shape) for m in piece_of(p).matrices()) for p in params], replicas)
         length, arranged = shard_length(sizes, members, _UNIT), []
         for shard, of_shard in enumerate(members):
             arranged += [params[i] for i in of_shard]
@@ -42,6 +43,6 @@ def arrange(rule: Any, replicas: int, names: dict[Any, str]) -> None:
                 filler = nn.Parameter(params[0].detach().new_zeros(gap))
                 set_gap(filler)
                 # Of no other stage's: converters put what all stages have into one folder, by name.
-                names[filler] = f"noflush_gap_{names[params[0]]}_{shard}"
+                names[filler] = f"{GAP}{names[params[0]]}_{shard}"
                 arranged.append(filler)
         group["params"] = arranged

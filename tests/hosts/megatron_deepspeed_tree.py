@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -35,6 +36,7 @@ from noflush.demo.port import held_port
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS, SAVED, FALLS_FROM = 30, 15, 2
+LIMIT_S = 900
 SIZES = {
     "--num-layers": "4",
     "--hidden-size": "64",
@@ -133,14 +135,21 @@ class Checkout:
             if ranks:
                 torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
                 command = torchrun + command
-            done = subprocess.run(
-                [sys.executable, *command], cwd=self.tree, env=self.environment, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, timeout=900,
-            )  # fmt: skip
-        (self.folder / f"{name}.log").write_text(done.stdout)
-        if done.returncode:
-            raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
-        return done.stdout
+            log = self.folder / f"{name}.log"
+            with log.open("w") as out:
+                started = subprocess.Popen(
+                    [sys.executable, *command], cwd=self.tree, env=self.environment, stdout=out,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+                try:
+                    ended = started.wait(LIMIT_S)
+                except subprocess.TimeoutExpired:
+                    os.killpg(started.pid, signal.SIGKILL)  # torchrun's ranks too
+                    ended = f"nothing in {LIMIT_S} s"
+        said = log.read_text()
+        if ended != 0:
+            raise SystemExit(f"{shlex.join(command)} ended with {ended}:\n{said[-3000:]}")
+        return said
 
     def train(self, name: str, stages: int, load: Path | None = None, **block: object) -> Trained:
         """Runs ``pretrain_gpt.py``, which saves into the folder of that name."""
@@ -165,7 +174,6 @@ class Checkout:
             f"--pipeline-model-parallel-size={stages}",
         ]
         command += ["--deepspeed", f"--deepspeed_config={file}", f"--save={self.folder}/{name}"]
-        command += [f"--pipeline-model-parallel-size={stages}"]
         said = self.run(name, [*command, *([f"--load={load}"] if load else [])], stages)
         losses = {int(iteration): loss for iteration, loss in _LOSS.findall(said)}
         return Trained(losses, float(_VALIDATION.findall(said)[0]), self.folder / name)  # after it the test set's

@@ -115,6 +115,15 @@ def test_moments_or_a_step_that_are_missing_are_refused_by_name(rule, dropped):
         Flat(rule).rule.load_state_dict(saved)
 
 
+def test_moments_of_another_shape_with_as_many_numbers_are_refused():
+    ours = Flat(**SETTINGS)
+    ours.train(1)
+    state = ours.rule.state[next(p for p in ours.params if p.dim() > 1 and p.shape[0] != p.shape[1])]
+    state["exp_avg"] = state["exp_avg"].clone().mT.contiguous()
+    with pytest.raises(ValueError, match=r"has exp_avg of shape .*: it was saved with others; give those"):
+        ours.rule.adopt_state()
+
+
 def test_moments_that_were_copied_in_without_a_step_are_refused():
     ours = Flat(**SETTINGS)
     ours.rule.forget_weights()

@@ -160,18 +160,18 @@ def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> No
     assert first.parameters is not None
     stage = gpt_stage(layers, hidden, first.parameters - 12 * layers * hidden * hidden)
     tokens = args.micro_batch_size * args.seq_length * args.gas
-    prices = {}
-    for name in METHODS:
-        prices[name] = price(name, stage, tokens, args.masters)
-        if name == "DelayAwareSOAP":
-            prices[f"{name}, {_FIRST}"] = price(name, stage, tokens, args.masters, estimate="first")
+    prices = []
+    for name, row in METHODS.items():
+        prices.append((name, name, price(name, stage, tokens, args.masters)))
+        if "estimate" in row.params:
+            found = price(name, stage, tokens, args.masters, estimate="first")
+            # Its row is below its method's: a narrow terminal has no room for more.
+            prices.append((f"with {_FIRST}", f"{name}, {_FIRST}", found))
     table = Table(title=f"methods at stage 0, {tokens:,} tokens an update")
     for column in ("method", "state", "with look_ahead", "update"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, found in prices.items():
+    for label, _, found in prices:
         share = f"{found.update_share:.1%} of compute" if found.update_share else "memory-bound"
-        # Below its method, for a narrow terminal has no room for more.
-        label = f"with {_FIRST}" if _FIRST in name else name
         table.add_row(label, human_bytes(found.state_bytes), f"+ {human_bytes(found.look_ahead_bytes)}", share)
     console.print(table)
     versions = {name: policy.slots(first.lag, args.gas) for name, policy in POLICIES.items()
@@ -184,7 +184,7 @@ def _print_methods(console: Console, args: argparse.Namespace, plan: Plan) -> No
         )
     )
     saved = 1 / plan.flush - 1 / plan.no_flush
-    for name, found in prices.items():
+    for _, name, found in prices:
         if found.update_share > saved:
             console.print(
                 f"{name}: an update costs {found.update_share:.0%} of a batch's compute, more than the {saved:.0%} "

@@ -15,7 +15,7 @@ from noflush.methods.matrices import Part, Piece
 from noflush.methods.method import Method
 
 Places = tuple[Piece | Part, ...]
-_OBLONG = (1, 2)
+_OBLONG = (101, 103)  # as no matrix is
 
 
 class Laid(NamedTuple):

@@ -62,7 +62,8 @@ class Method:
             kept.
         fresh: ``fresh(p)``: the state of elements before their first update, where that is not zeros.
         state_shape: ``state_shape(name, shape, group)``: the shape of a state tensor of a parameter group's matrices;
-            without elements where its hyper-parameters need none of that name. None: that of the weights.
+            without elements where its hyper-parameters need none of that name. None: that of the weights. Whether it is
+            that of the weights must not depend on their shape.
         fused: the rule for Triton, where the row says that there is one.
         still: ``still(c)``: of a method of matrices whose coefficients are the same at every step: those with which the
             rule changes nothing. A GPU then chooses between the two by itself when an update is to be skipped, with
@@ -84,10 +85,13 @@ class Method:
         """What the table says."""
         return METHODS[self.name]
 
-    def cost(self, shape: Shape, group: Mapping[str, Any]) -> float:
-        """What an update of a group's matrix costs, in any unit, to share them out: operations, or elements."""
+    def cost(self, shape: Shape) -> float:
+        """What an update of a matrix costs, in any unit, to share them out: operations, or elements.
+
+        With the defaults: a run that goes on with other hyper-parameters has each matrix where its checkpoint has it.
+        """
         rows, columns = shape[0], math.prod(shape[1:])
-        return float(rows * columns) if self.row.flops is None else self.row.flops(rows, columns, group)
+        return float(rows * columns) if self.row.flops is None else self.row.flops(rows, columns, self.row.values({}))
 
     def shape_of_state(self, name: str, shape: Shape, group: Mapping[str, Any]) -> Shape:
         """The shape of state tensor ``name`` of weights of ``shape`` in a parameter group."""

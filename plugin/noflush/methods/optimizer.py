@@ -248,11 +248,11 @@ class DelayAwareOptimizer(Optimizer):
                 self._check_whole(state, flat.method)
                 if state:
                     for view, name in zip(views, row.state, strict=True):
-                        if view.numel() != state[name].numel():
+                        shape = state[name].shape  # of a shard it is flat
+                        if view.numel() != shape.numel() or (len(shape) > 1 and shape != view.shape):
                             raise ValueError(
-                                f"the optimizer's state has {state[name].numel()} numbers of {name}, and "
-                                f"{flat.method.name} with this run's parameters has {view.numel()}: it was saved "
-                                "with others; give those"
+                                f"the optimizer's state has {name} of shape {tuple(shape)}, and {flat.method.name} of "
+                                f"this run's parameters {tuple(view.shape)}: it was saved with others; give those"
                             )
                         view.copy_(state[name].view(view.shape))
                 else:
