@@ -1,9 +1,9 @@
 """How a checkpoint gets to the disk: DeepSpeed's files are written beside, and put in place when all ranks' are there.
 
 DeepSpeed's ranks wait for each other between their files, so one whose disk is full must go on, and say so afterwards.
-In the background, training waits for copies in host memory alone. DeepSpeed's checkpoint engine, which writes its files in
-either case, has a background of its own ("decoupled"): it starts a process that imports the script anew, reads tensors that
-training goes on writing, and has to be waited for before the next update; so it is not used.
+In the background, training waits for copies in host memory alone. DeepSpeed's checkpoint engine, which writes its files
+in either case, has a background of its own ("decoupled"): it starts a process that imports the script anew, reads
+tensors that training goes on writing, and has to be waited for before the next update; so it is not used.
 """
 
 from __future__ import annotations
