@@ -58,15 +58,16 @@ NEEDED: dict[Owner, str] = {
         wall_clock_breakdown zero_optimization_stage
     """,
     BF16: """
-        _global_grad_norm _lazy_init_hp_params_optimizer_state bf16_groups bf16_groups_flat bf16_partitioned_groups
+        _global_grad_norm _lazy_init_hp_params_optimizer_state _param_slice_mappings bf16_groups bf16_groups_flat
+        bf16_partitioned_groups
         clear_hp_grads clear_lp_grads dp_process_group fp32_groups_flat_partition fp32_groups_gradients
         fp32_groups_gradients_flat fp32_groups_has_gradients mpu optimizer step update_hp_grads zero_grad
     """,
     ZERO: """
-        _global_grad_norm _grad_acc_hooks _lazy_init_hp_params_optimizer_state _update_model_bit16_weights
-        _update_scale bit16_groups bit16_groups_flat check_grad_overflow dp_process_group get_data_parallel_partitions
-        loss_scaler model_parallel_group model_parallel_rank optimizer overflow parallel_partitioned_bit16_groups
-        single_partition_of_fp32_groups step zero_grad
+        _global_grad_norm _grad_acc_hooks _lazy_init_hp_params_optimizer_state _param_slice_mappings
+        _update_model_bit16_weights _update_scale bit16_groups bit16_groups_flat check_grad_overflow dp_process_group
+        get_data_parallel_partitions loss_scaler model_parallel_group model_parallel_rank optimizer overflow
+        parallel_partitioned_bit16_groups single_partition_of_fp32_groups step zero_grad
     """,
     SCALER: "cur_scale dynamic update_scale",
     TIED: "key",

@@ -38,8 +38,9 @@ from noflush.stage.layout import FlatLayout
 logger = logging.getLogger("noflush")
 
 PARTS = "noflush_parts"
-ORDER = "noflush_order"
 """In DeepSpeed's file of a stage: where the module was cut, as its ``parts``."""
+ORDER = "noflush_order"
+"""In the same: how far a replica group was in the order of samples that it shares with others."""
 # What DeepSpeed keeps to itself of such a file; the rest is the script's.
 _OWN = {
     *("module", "optimizer", "lr_scheduler", "sparse_tensor_module_names", "skipped_steps", "global_steps"),
@@ -101,12 +102,13 @@ def _shared_alike(engine: Any, folder: Path) -> bool:
 
     DeepSpeed loads a shard by place. Another release may share matrices out otherwise.
     """
-    shards = shards_of(folder, engine.grid.get_model_parallel_rank())
+    shards, replica = shards_of(folder, engine.grid.get_model_parallel_rank()), engine.grid.get_data_parallel_rank()
     mine = True
-    if shards and engine.pipeline_stage.weights.has_masters:
-        saved = read(shards[engine.grid.get_data_parallel_rank()])["optimizer_state_dict"].get("param_slice_mappings")
+    if replica < len(shards) and engine.pipeline_stage.weights.has_masters:  # what is missing DeepSpeed says
+        saved = read(shards[replica])["optimizer_state_dict"].get("param_slice_mappings")
         there = _places(saved or [])
-        known = {*engine.param_names.values()}  # a script may have renamed its layers: DeepSpeed goes by places
+        names = engine.param_names
+        known = {*names.values()}  # a script may have renamed its layers: DeepSpeed goes by places
         mine = not {*there} <= known or there == _places(engine.optimizer._param_slice_mappings)
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
