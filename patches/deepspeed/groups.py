@@ -74,8 +74,10 @@ class Group:
     def _make_store(self) -> Any:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+        from noflush.replicas.listening import store_at
+
         stage, bind = self._engine.pipeline_stage, _own_address(self._config)
-        own = TCPStore(bind, 0, is_master=True, wait_for_workers=False) if stage.stage == 0 else None
+        own = store_at(bind) if stage.stage == 0 else None
         host, port = stage.tell_all((bind, own.port if own is not None else 0))[0]
         return own or TCPStore(host, port, is_master=False, wait_for_workers=False)
 

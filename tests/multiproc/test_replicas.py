@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -261,6 +263,30 @@ def test_a_checkpoint_that_is_loaded_while_others_train_voids_what_was_sent(tmp_
         assert samples
         assert min(samples) >= 0
         assert max(samples) <= 3 * 9
+
+
+def train_and_say_where_it_listens(rank, where, name, seed, address):
+    result = train_group(rank, where, name, seed, stages=2, calls=14, extra={"bind": address})
+    own = psutil.Process().net_connections("inet")
+    listening = [(c.laddr.ip, c.laddr.port) for c in own if c.status == psutil.CONN_LISTEN]
+    # At the world's own meeting place torch listens everywhere.
+    meeting = int(os.environ["MASTER_PORT"])
+    return len(result["exchanges"]), [ip for ip, port in listening if port != meeting]
+
+
+def test_a_group_listens_where_the_block_says_and_nowhere_else():
+    """The first stage's store and manager, every stage's state, and gloo of the newest round."""
+    address = "127.0.0.3"
+    with lighthouse(min_groups=2) as where:
+        results = run_groups(
+            train_and_say_where_it_listens, 2, [{"name": f"g{n}", "seed": n} for n in (1, 50)],
+            where=where, address=address,
+        )  # fmt: skip
+    for result in results:
+        for stage, (exchanges, listening) in enumerate(result):
+            assert exchanges
+            assert not {"0.0.0.0", "::"} & {*listening}
+            assert listening.count(address) >= (2 if stage else 4)
 
 
 def build_refused(rank, where, optimizer, more, extra):

@@ -104,8 +104,8 @@ def test_too_few_samples_are_refused():
         GroupSamples(3, 4, 1, SharedOrder("a"), None)
 
 
-def meet(kind, address, rank):
-    group = kind(timeout=timedelta(seconds=5))
+def meet(address, rank):
+    group = process_group.FreshGloo("127.0.0.1", timedelta(seconds=5))
     time.sleep(0.3 * (rank == 0))  # the others are there before it
     group.configure(address, "x", rank, 3, 1, 0, 1, [0, 1, 2])
     total = torch.full((2,), float(rank + 1))
@@ -119,12 +119,12 @@ def test_a_quorum_of_an_old_number_meets_under_new_keys():
     address = f"127.0.0.1:{store.port}/torchft/1/0"
     for _ in range(3):
         with ThreadPoolExecutor(3) as members:
-            found = [members.submit(meet, process_group.FreshGloo, address, rank) for rank in (2, 1, 0)]
+            found = [members.submit(meet, address, rank) for rank in (2, 1, 0)]
             assert [one.result(20) for one in found] == [[6.0, 6.0]] * 3
 
 
 def add_up(address, rank, world, parts):
-    group = process_group.FreshGloo(timeout=timedelta(seconds=10))
+    group = process_group.FreshGloo("127.0.0.1", timedelta(seconds=10))
     group.configure(address, "x", rank, world, 1, 0, 1, list(range(world)))
     return [total_in_order(group, part, world, timedelta(seconds=10)) for part in parts]
 

@@ -8,26 +8,44 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+import torch
+from torch.distributed import PrefixStore, ProcessGroup, Store  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo as Gloo
 from torchft.process_group import ProcessGroupGloo
+
+from noflush.replicas.listening import gloo_device
 
 _POLL_S = 0.005
 
 
 class FreshGloo(ProcessGroupGloo):  # type: ignore[misc]
-    """A reconfigurable gloo group.
+    """A reconfigurable gloo group, whose members listen at the address that they are given.
 
     The first member chooses a word, and answers every member that says hello with a word of its own until all have
     taken it; what an older meeting has left is never an answer. `_create_pg` is called by torchft with the quorum's
     store.
     """
 
+    def __init__(self, address: str, timeout: timedelta) -> None:
+        super().__init__(timeout)
+        self._address = address
+
     def _create_pg(self, store: Store, rank: int, world_size: int) -> Any:
         deadline = time.monotonic() + self._timeout.total_seconds()
         word = _lead(store, world_size, deadline) if rank == 0 else _follow(store, rank, deadline)
-        return super()._create_pg(PrefixStore(word, store), rank, world_size)
+        met = PrefixStore(word, store)
+        options = Gloo._Options()  # type: ignore[attr-defined]
+        options._timeout, options._devices, options._threads = self._timeout, [gloo_device(self._address)], 2
+        backend = Gloo(met, rank, world_size, options)
+        backend._set_sequence_number_for_group()
+        group = ProcessGroup(met, rank, world_size)
+        group._set_default_backend(ProcessGroup.BackendType.GLOO)
+        for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+            group._register_backend(torch.device(device), ProcessGroup.BackendType.GLOO, backend)
+        return group
 
 
 def _new_word() -> str:

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[
 from torchft.manager import Manager
 
 from noflush.replicas.correction import averaged
+from noflush.replicas.listening import manager_at
 from noflush.replicas.process_group import FreshGloo
 from noflush.replicas.settings import ReplicasConfig
 from noflush.replicas.total import total_in_order
@@ -113,32 +114,33 @@ class Rounds:
         self._alike, self._device, self._settled = alike, device, FRESH
         patience = timedelta(seconds=config.timeout_s)
         self._timeout_s, self._min_groups, self._slice_length = config.timeout_s, config.min_groups, slice_length
-        self._group = FreshGloo(timeout=patience)
+        self._group = FreshGloo(bind, patience)
         self._transport = TensorTransport(bind, config.timeout_s)
         self.received: State | None = None
         self._asked, self._given = threading.Event(), threading.Event()
         self._state: State | None = None
         self._todo: queue.SimpleQueue[tuple[int, dict[str, Any], Tensor | None] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Round | Failed] = queue.SimpleQueue()
-        self._manager = _Manager(
-            self._group,
-            self._receive,
-            self._ask,
-            min_replica_size=1,
-            use_async_quorum=False,
-            timeout=patience,
-            quorum_timeout=patience,
-            connect_timeout=patience,
-            rank=stage,
-            world_size=stages,
-            store_addr=store[0],
-            store_port=store[1],
-            lighthouse_addr=f"http://{config.meeting_place}",
-            replica_id=name,
-            hostname=bind,
-            checkpoint_transport=self._transport,
-            init_sync=False,  # else groups that start together would get their stages from different ones
-        )
+        with manager_at(bind):
+            self._manager = _Manager(
+                self._group,
+                self._receive,
+                self._ask,
+                min_replica_size=1,
+                use_async_quorum=False,
+                timeout=patience,
+                quorum_timeout=patience,
+                connect_timeout=patience,
+                rank=stage,
+                world_size=stages,
+                store_addr=store[0],
+                store_port=store[1],
+                lighthouse_addr=f"http://{config.meeting_place}",
+                replica_id=name,
+                hostname=bind,
+                checkpoint_transport=self._transport,
+                init_sync=False,  # else groups that start together would get their stages from different ones
+            )
         self._thread = threading.Thread(target=self._work, name="noflush-rounds", daemon=True)
         self._thread.start()
 
