@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from noflush.methods.matrices import is_gap
 from noflush.methods.optimizer import DelayAwareOptimizer
@@ -221,22 +222,10 @@ def _fill(engine: Any, kept: dict[str, Kept], folder: Path) -> None:
         group, target = group_of[master.data_ptr()]
         rows = rows_in_shard(rule, group, layout, start, master.numel())
         states = [kept[names[p]].state for p, _, _ in pieces]
-        flats = {}
-        for key in sorted({key for state in states for key, value in state.items() if value.dim()}):
-            row = rows.get(key)
-            flats[key] = (
-                torch.zeros_like(master) if row is None else master.new_zeros(max(s.stop for s in row.values()))
-            )
-            for (p, where, within), state in zip(pieces, states, strict=True):
-                value = state[key].reshape(-1)
-                space = flats[key][where] if row is None else flats[key][row[p]]
-                ours = value[within] if row is None else value
-                if ours.numel() != space.numel():
-                    raise CheckpointError(
-                        f"checkpoint {folder} has {ours.numel()} numbers of {key} of {names[p]}, and this run's "
-                        f"optimizer {space.numel()}: give the parameters with which it was saved"
-                    )
-                space.copy_(ours)
+        flats = {
+            key: _laid_out(key, rows.get(key), master, pieces, [state[key] for state in states], names, folder)
+            for key in sorted({key for state in states for key, value in state.items() if value.dim()})
+        }
         by_target[target] = [kept[names[piece[0]]] for piece in pieces]
         rule.state[target] = {**flats, **_newest_scalars(states)}
     for group in rule.param_groups:
@@ -245,6 +234,32 @@ def _fill(engine: Any, kept: dict[str, Kept], folder: Path) -> None:
             group["lr"] = max(found, key=lambda one: float(one.state.get("step", 0))).rate
     if isinstance(rule, DelayAwareOptimizer):
         rule.adopt_state()
+
+
+def _laid_out(
+    key: str,
+    row: dict[Parameter, slice] | None,
+    master: Tensor,
+    pieces: list[tuple[Any, slice, slice]],
+    values: list[Tensor],
+    names: dict[Any, str],
+    folder: Path,
+) -> Tensor:
+    """State ``key`` of a shard, flat: as the weights of its ``pieces`` lie, or in a ``row``. ``values``: of each piece.
+
+    Raises CheckpointError for a value of another size.
+    """
+    flat = master.new_zeros(master.numel() if row is None else max(where.stop for where in row.values()))
+    for (p, where, within), value in zip(pieces, values, strict=True):
+        space = flat[where if row is None else row[p]]
+        ours = value.reshape(-1)[within if row is None else slice(None)]
+        if ours.numel() != space.numel():
+            raise CheckpointError(
+                f"checkpoint {folder} has {ours.numel()} numbers of {key} of {names[p]}, and this run's optimizer "
+                f"{space.numel()}: give the parameters with which it was saved"
+            )
+        space.copy_(ours)
+    return flat
 
 
 def _newest_scalars(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
