@@ -70,6 +70,7 @@ def make_stage(
         late_norm=block.clip == "lagged_global" and not schedule.flushes,
         wire=Wire.read(block.wire),
         auto_depth=block.extra_in_flight == "auto",
+        reroute=block.groups is not None and block.groups.reroute,
     )
     scaler = (lambda: engine.optimizer.loss_scaler) if engine.fp16_enabled() else None
     device = torch.device(engine.device)

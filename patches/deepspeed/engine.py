@@ -356,6 +356,10 @@ class NoFlushEngine(Checkpoints, Evaluation, PipelineEngine):  # type: ignore[mi
         if self.global_rank == 0:
             _say(f"noflush: {line}")
 
+    def say_here(self, line: str) -> None:
+        """Prints ``line``, by whichever rank."""
+        _say(f"noflush: {line}")
+
     def _nf_write_events(self, before: int) -> None:
         """Hands rank 0's monitor what has come in: losses and rates where they belong, not where they were learnt.
 

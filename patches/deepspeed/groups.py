@@ -6,16 +6,20 @@ import atexit
 import os
 import socket
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from noflush.config import ConfigError
 from noflush.order.shared_order import SharedOrder
+from noflush.patches.deepspeed.lost_stages import LostStages, find_group
 from noflush.replicas.settings import ReplicasConfig
 from noflush.replicas.torchft_log import quieten
+from noflush.stage.alone import is_alone
 from noflush.stage.update import FusedUpdate
 
 if TYPE_CHECKING:
     from noflush.replicas.averager import Averager
+    from noflush.replicas.rounds import Rounds
     from noflush.replicas.samples import GroupSamples
 
 _ATTEMPTS = 10
@@ -45,15 +49,39 @@ class Group:
         faults = _faults(engine, config)
         if faults:
             raise ConfigError(faults)
+        self.key: str
+        self.order: SharedOrder | None = None
+        self.lost_stages: LostStages | None = None
+        if is_alone():
+            self.key, self._store = find_group(config.timeout_s)
+            self.lost_stages = LostStages(self, engine, config, self._store)
+            return
         number = os.environ.get("SLURM_ARRAY_TASK_ID", str(os.getpid()))
         name = config.name or f"group {number}"
-        self.key: str = engine.pipeline_stage.tell_all(f"{name}/{os.urandom(6).hex()}")[0]
-        self.order = SharedOrder(self.key) if engine.is_first_stage() else None
+        self.key = engine.pipeline_stage.tell_all(f"{name}/{os.urandom(6).hex()}")[0]
+        if engine.is_first_stage():
+            self.order = SharedOrder(self.key)
         self._check_lighthouse()
         self._store = self._make_store()
+        if config.reroute:
+            self.lost_stages = LostStages(self, engine, config, self._store)
+            self.lost_stages.announce()
+        self.begin_averaging()
+
+    def begin_averaging(self) -> None:
+        """Makes the stage's averager, and takes the stage's place in the group's rounds."""
         self.averager = self._make_averager()
+        if self.lost_stages is not None:
+            self.lost_stages.watch(self.averager)
         # Before Python waits for the threads that wait for a quorum; atexit comes after.
-        getattr(threading, "_register_atexit", atexit.register)(self.averager.close)
+        getattr(threading, "_register_atexit", atexit.register)(self._close)
+
+    def _close(self) -> None:
+        if self.lost_stages is not None:
+            self.lost_stages.close()
+        self.averager.close()
+
+    # ---- where groups meet -----------------------------------------------------------------------------------
 
     def _check_lighthouse(self) -> None:
         """All ranks hear of it; else one would raise, and the others wait for it."""
@@ -76,14 +104,13 @@ class Group:
 
         from noflush.replicas.listening import store_at
 
-        stage, bind = self._engine.pipeline_stage, _own_address(self._config)
+        stage, bind = self._engine.pipeline_stage, own_address(self._config)
         own = store_at(bind) if stage.stage == 0 else None
         host, port = stage.tell_all((bind, own.port if own is not None else 0))[0]
         return own or TCPStore(host, port, is_master=False, wait_for_workers=False)
 
     def _make_averager(self) -> Averager:
         from noflush.replicas.averager import Averager
-        from noflush.replicas.rounds import Rounds
 
         engine, config, stage = self._engine, self._config, self._engine.pipeline_stage
         return Averager(
@@ -95,23 +122,33 @@ class Group:
             lambda: engine.step_schedule() if engine.lr_scheduler is not None else None,
             lambda: float(engine.train_batch_size()) if hasattr(engine.lr_scheduler, "num_steps") else 1.0,
             self.order,
-            lambda slice_length: Rounds(
-                config,
-                (self._store.host, self._store.port),
-                _own_address(config),
-                stage.stage,
-                engine.num_stages,
-                self.key.rpartition("/")[0],
-                slice_length,
-                {
-                    "stages": engine.num_stages,
-                    "numbers of the stage's weights": [layout.numel for layout in stage.weights.layouts],
-                    "fraction": config.fraction,
-                    "mode": config.mode,
-                    "drift": config.drift,
-                },
-                stage.device,
+            lambda slice_length: self.make_rounds(
+                stage.stage, [layout.numel for layout in stage.weights.layouts], slice_length
             ),
+        )
+
+    def make_rounds(self, stage: int, layout: list[int], slice_length: Callable[[int], int]) -> Rounds:
+        """Rounds of stage number ``stage``, of weights laid out like ``layout``."""
+        from noflush.replicas.rounds import Rounds
+
+        engine, config = self._engine, self._config
+        return Rounds(
+            config,
+            (self._store.host, self._store.port),
+            own_address(config),
+            stage,
+            engine.num_stages,
+            self.key.rpartition("/")[0],
+            slice_length,
+            {
+                "stages": engine.num_stages,
+                "numbers of the stage's weights": layout,
+                "fraction": config.fraction,
+                "mode": config.mode,
+                "drift": config.drift,
+                "reroute": config.reroute,
+            },
+            engine.pipeline_stage.device,
         )
 
     def join(self) -> None:
@@ -120,6 +157,11 @@ class Group:
         Raises ConnectionError where they cannot be reached, or train another model.
         """
         if self.joined:
+            return
+        if is_alone():
+            assert self.lost_stages is not None
+            self.lost_stages.come_back()
+            self.joined = True
             return
         from noflush.replicas.rounds import Failed
 
@@ -166,7 +208,7 @@ class Group:
         return GroupSamples(count, engine.train_micro_batch_size_per_gpu(), seed, self.order, store)
 
 
-def _own_address(config: ReplicasConfig) -> str:
+def own_address(config: ReplicasConfig) -> str:
     """At which other groups reach this process."""
     if config.bind == "auto":
         return socket.gethostbyname(socket.gethostname())

@@ -136,8 +136,10 @@ def _bounded(build: Callable[..., Any]) -> Callable[..., Any]:
     def bounded(original: type, *args: Any, **kwargs: Any) -> Any:
         import torch.distributed as dist
 
+        from noflush.stage.alone import is_alone
+
         block = check_config(kwargs["config_class"]._param_dict)
-        if block is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        if block is None or not dist.is_initialized() or dist.get_world_size() == 1 or is_alone():
             return build(original, *args, **kwargs)
         _limit_groups(block.peer_timeout_s)
         store = dist.distributed_c10d._get_default_store()

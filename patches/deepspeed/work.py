@@ -95,6 +95,18 @@ class EngineWork:
             losses /= self._engine.dp_world_size
         return losses.double()
 
+    def take_losses(self) -> Any:
+        """As `Work.take_losses`."""
+        # DeepSpeed keeps the newest micro-batch's between its forward and its backward.
+        taken = self._engine.total_loss, self._engine.total_additional_losses, self._engine.loss
+        self._engine.total_loss = self._engine.total_additional_losses = self._engine.loss = None
+        return taken
+
+    def put_losses(self, losses: Any) -> None:
+        """As `Work.put_losses`."""
+        taken = losses or (None, None, None)
+        self._engine.total_loss, self._engine.total_additional_losses, self._engine.loss = taken
+
     def random_state(self) -> Any:
         """As `Work.random_state`: torch's, and DeepSpeed's tracker of them, which Megatron's layers draw from too."""
         tracker = checkpointing.get_cuda_rng_tracker().get_states()

@@ -34,7 +34,7 @@ class RankError(AssertionError):
     """A rank failed or did not end in time; carries every rank's traceback."""
 
 
-def _main(function, rank, world, port, folder, environment, kwargs):
+def _main(function, rank, world, port, folder, environment, kwargs, back=False):
     os.environ.update(
         environment,
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
@@ -49,6 +49,10 @@ def _main(function, rank, world, port, folder, environment, kwargs):
     torch.set_num_threads(1)
     out = Path(folder) / str(rank)
     try:
+        if back:
+            from noflush.stage import alone
+
+            alone.enter(rank, world)
         deepspeed.init_distributed("gloo")
         result = function(rank, **kwargs)
         # Not plain pickle: for a tensor it names a function, which megatron-core replaces by one of its own, and a test
@@ -73,10 +77,14 @@ def _read(out):
     )
 
 
-def run_ranks(function, world, timeout=120, expect_errors=False, environment=(), stopped=(), **kwargs):
+def run_ranks(
+    function, world, timeout=120, expect_errors=False, environment=(), stopped=(), comes_back=None, **kwargs
+):  # fmt: skip
     """``[function(rank, **kwargs) for rank in ...]`` on ``world`` ranks.
 
     With ``expect_errors``, a failed rank's entry is ``(type name, message)``. Ranks in ``stopped`` are not waited for.
+    ``comes_back``: (rank, seconds) of one that dies, and whose process is started again, without its world, so much
+    later.
     """
     with held_port() as port, tempfile.TemporaryDirectory() as folder:
         ranks = [
@@ -86,6 +94,13 @@ def run_ranks(function, world, timeout=120, expect_errors=False, environment=(),
         for process in ranks:
             process.start()
         deadline = time.monotonic() + timeout
+        if comes_back:
+            back, seconds = comes_back
+            ranks[back].join(timeout)
+            time.sleep(seconds)
+            arguments = (function, back, world, port, folder, dict(environment), kwargs, True)
+            ranks[back] = CONTEXT.Process(target=_main, args=arguments)
+            ranks[back].start()
         waited_for = [i for i in range(world) if i not in stopped]
         for i in waited_for:
             ranks[i].join(max(0.1, deadline - time.monotonic()))

@@ -185,7 +185,7 @@ def test_it_measures_again_after_a_checkpoint_was_loaded(tmp_path):
 
 
 def probe(rank, stages, together):
-    from noflush.stage.channels import connect
+    from noflush.stage.connect import connect
     from noflush.stage.link_probe import gather, measure
 
     neighbours = connect([list(range(stages))], rank, torch.device("cpu"), 60)

@@ -12,7 +12,7 @@ CALLS = 6
 
 
 def ahead(rank):
-    from noflush.stage.channels import connect
+    from noflush.stage.connect import connect
 
     channels = connect([[0, 1]], rank, torch.device("cpu"), timeout_s=20)
     if rank == 0:
@@ -22,7 +22,7 @@ def ahead(rank):
         torch.distributed.barrier()
         return []
     torch.distributed.barrier()  # nothing is taken until all was sent
-    return [channels.control_in.take() for _ in range(CALLS)]
+    return [channels.control_in.take(0) for _ in range(CALLS)]
 
 
 def test_headers_are_sent_before_they_are_taken():

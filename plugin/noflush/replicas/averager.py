@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from noflush.order.averaging import Exchange, Part, due, schedule_behind, slice_of, smoothing
+from noflush.order.detours import Offer
 from noflush.order.shared_order import SharedOrder
 from noflush.replicas import state
 from noflush.replicas.correction import correction
@@ -33,12 +34,12 @@ _KEPT = 10_000
 @dataclass(frozen=True)
 class _Sent:
     """A slice on its way: which round it was taken for, the update after which, where the learning rate's schedule
-    stood, what had been trained on by then, where it lies and what it was."""
+    stood, what these weights had learnt from by then, where it lies and what it was."""
 
     number: int
     update: int
     position: float | None
-    trained: int
+    contributed: int
     start: int
     part: Tensor
 
@@ -62,6 +63,9 @@ class Averager:
         groups: how many groups took part in the newest round; 1: this one is alone, or the round came to nothing.
         failures: rounds that came to nothing, in a row.
         trained_by: samples that each group had trained on, by its key, when it was last heard of.
+        doors: gives where each stage of this group is asked, if others may go round one that is lost.
+        guest_samples: gives how many samples of other groups' this stage has trained on.
+        round_begun: called when a round has been begun.
         born_of: the group whose state this stage went on from, and after how many updates; None: it began itself.
     """
 
@@ -87,6 +91,11 @@ class Averager:
         self._number = self._started = 0
         self._started_s = 0.0
         self._trained = self._counted = 0
+        self._told_of: tuple[float, int] | None = None
+        self._others: dict[str, dict[str, Any]] = {}
+        self.doors: Callable[[], Sequence[str]] = lambda: ()
+        self.guest_samples: Callable[[], int] = lambda: 0
+        self.round_begun: Callable[[], None] = lambda: None
         self.exchanges: deque[Exchange] = deque(maxlen=_KEPT)
         self.trained_by: dict[str, int] = {}
         self.born_of: tuple[str, int] | None = None
@@ -113,7 +122,7 @@ class Averager:
         self._rounds.start(0, self._words(waits=True), None)
         result = None
         while result is None:
-            self._rounds.serve(self._state)
+            self._rounds.serve(self.state_for_peer)
             result = self._rounds.poll(0.02)
         return result, self._rounds.received
 
@@ -123,14 +132,14 @@ class Averager:
         self._heard(first)
         self._rounds.settle(living=True, resumed=True)
         self.restart()
-        self._stage.update_done = lambda: self._rounds.serve(self._state)
+        self._stage.update_done = lambda: self._rounds.serve(self.state_for_peer)
         if self._config.mode == "async":
             self._stage.after_update = self.updated
             return
         self._stage.after_update = self._count
         update = self._stage.update
         assert isinstance(update, FusedUpdate), "a host refuses others"
-        update.over_groups = MeanGradients(self._rounds, self._words, self._heard, self._failed, self._state)
+        update.over_groups = MeanGradients(self._rounds, self._words, self._heard, self._failed, self.state_for_peer)
 
     def restart(self) -> None:
         """The stage stands elsewhere, by a checkpoint or a peer's state: what was sent and learnt before is void."""
@@ -139,7 +148,11 @@ class Averager:
         self._rates.clear()
         self._visits.clear()
         self._started, self._started_s = self._stage.ring.newest, time.monotonic()
-        self._counted = self._trained
+        self._counted = self._contributed
+
+    def due_at_once(self) -> None:
+        """The next round begins with the next update: the group's other stages may be waiting."""
+        self._started -= self._config.average_every
 
     # ---- training ----------------------------------------------------------------------------------------
 
@@ -158,12 +171,18 @@ class Averager:
         if self._sent is None and not self._dropped and self._is_due(update):
             start, length = slice_of(self._number, self._true.elements, self._config.fraction)
             part, position = self._true.read(start, length), state.position_of(self._schedule())
-            self._sent = _Sent(self._number, update, position, self._trained, start, part)
+            self._sent = _Sent(self._number, update, position, self._contributed, start, part)
             self._rounds.start(self._number, self._words(), part)
+            self.round_begun()
             self._started, self._started_s = update, time.monotonic()
 
     def _count(self) -> None:
         self._trained += self._samples()
+
+    @property
+    def _contributed(self) -> int:
+        """Samples that these weights have learnt from: guests' too, which their own group counts as trained on."""
+        return self._trained + self.guest_samples()
 
     def _is_due(self, update: int) -> bool:
         # Newcomers wait for a round: where updates take long, one comes before its time.
@@ -172,7 +191,7 @@ class Averager:
 
     def _words(self, waits: bool = False) -> dict[str, Any]:
         words: dict[str, Any] = {
-            "samples": float(self._trained - self._counted),
+            "samples": float(self._contributed - self._counted),
             "key": self._key,
             "trained": self._trained,
             "update": self._stage.ring.newest,
@@ -180,12 +199,36 @@ class Averager:
         }
         if self._order is not None:
             words["order"] = self._order.words(waits)
+        if doors := self.doors():
+            words |= {"doors": list(doors), "rate": self._rate()}
         return words
+
+    def _rate(self) -> float | None:
+        """Samples a second since it was last asked; None where nothing has been measured yet."""
+        before, now = self._told_of, (time.monotonic(), self._trained)
+        self._told_of = now
+        if before is None or now[0] == before[0] or now[1] == before[1]:
+            return None
+        return (now[1] - before[1]) / (now[0] - before[0])
+
+    def offers(self) -> list[Offer]:
+        """The other groups as of the newest round that they took part in, for the stages of one that loses its own."""
+        return [Offer(key, tuple(one["doors"]), one["rate"]) for key, one in self._others.items() if "doors" in one]
+
+    def words_of_lost(self) -> dict[str, Any]:
+        """What is told in the name of a stage that is lost: of no samples, and where the schedule stands."""
+        return {
+            "samples": 0.0,
+            "key": self._key,
+            "trained": self._trained,
+            "update": self._stage.ring.newest,
+            "position": state.position_of(self._schedule()),
+        }
 
     def _apply(self, result: Round, sent: _Sent) -> None:
         self._heard(result)
         self._number = result.number + 1
-        self._counted = sent.trained
+        self._counted = sent.contributed
         update, length = self._stage.ring.newest, sent.part.numel()
         if result.average is None or result.number != sent.number:
             return
@@ -219,6 +262,8 @@ class Averager:
     def _heard(self, result: Round) -> None:
         self.failures = 0
         self.trained_by.update({one["key"]: one["trained"] for one in result.told})
+        if others := {one["key"]: one for one in result.told if one["key"] != self._key}:
+            self._others = others
         if self._order is not None:
             self._order.agree([one["order"] for one in result.told])
         if len(result.told) != self._told_groups and self._stage.stage == 0:
@@ -240,13 +285,18 @@ class Averager:
 
     # ---- others' joining ---------------------------------------------------------------------------------
 
-    def _state(self) -> State:
+    def state_for_peer(self) -> State:
+        """What a newcomer is given, between two updates."""
         tensors, plain = state.take(self._stage, self._true, self._schedule())
         return tensors, {**plain, "key": self._key, "trained_by": self.trained_by}
 
     def take_over(self, found: State) -> None:
         """Goes on from a peer's state, on a drained stage; the numbers of calls are the engine's to set."""
         state.put(self._stage, self._true, self._schedule(), found)
+        self.born(found)
+
+    def born(self, found: State) -> None:
+        """This stage goes on from a peer's state."""
         self.born_of = found[1]["key"], found[1]["updates"]
         self.trained_by = dict(found[1]["trained_by"])
 

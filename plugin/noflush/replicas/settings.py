@@ -44,6 +44,10 @@ class ReplicasConfig:
     timeout_s: float = 60.0
     """Seconds (1 to 3600) after which a round is given up, and a peer that is silent is taken for gone."""
 
+    reroute: bool = False
+    """Whether, where a stage between the first and the last dies, its pipeline's micro-batches go through the same
+    stage of another group until it is back. Off, a stage takes its group with it. All groups must say the same."""
+
     name: str = ""
     """What the log calls this group; empty: its number in a SLURM array, else its process number."""
 

@@ -11,23 +11,23 @@ in `posting`.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from noflush.failure.last_words import PeerError
-from noflush.stage.groups import without_splits
 from noflush.stage.messages import TensorSpec
 from noflush.stage.peer import Attention, Peer, lost, wait_for
+
+if TYPE_CHECKING:
+    from noflush.stage.detour import LinkAbove, LinkBelow
 
 _CONTROL_WORDS = 64
 # A stage runs ahead of the next one by some calls, whose headers gloo sends only once their receives are posted: with
@@ -225,8 +225,8 @@ class ControlIn:
             self._inbox.post(_CONTROL)
         self._received = 0
 
-    def take(self) -> list[int]:
-        """The next list of integers; blocks until it is here."""
+    def take(self, before: int) -> list[int]:
+        """The next list of integers, which was sent ``before`` that activation; blocks until it is here."""
         words: list[int] = []
         while not words or len(words) < words[0] + 1:
             (message,) = self._inbox.take(self._received)
@@ -242,6 +242,7 @@ class Neighbours:
 
     ``watched``: whom `PeerWatch` watches, by gloo groups of its own: the neighbours, and those next in the row of ranks
     that share the stage. None over gloo, which needs no watch. ``attention``: what this rank waits for.
+    ``above``, ``below``: what stands for a neighbour that dies; None: nothing does, and its death ends this stage.
     """
 
     activations_out: Outbox | None = None
@@ -252,6 +253,8 @@ class Neighbours:
     control_in: ControlIn | None = None
     watched: tuple[Peer, ...] = ()
     attention: Attention | None = None
+    above: LinkAbove | None = None
+    below: LinkBelow | None = None
 
     @property
     def open_sends(self) -> int:
@@ -279,55 +282,3 @@ class Neighbours:
                     outbox.retire(0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-def connect(pipelines: Sequence[Sequence[int]], rank: int, device: torch.device, timeout_s: float) -> Neighbours:
-    """Makes the groups of every pipeline (all ranks must call this alike) and this rank's channels.
-
-    Args:
-        pipelines: global ranks of each pipeline's stages, in stage order; the same on every rank.
-        rank: this process.
-        device: where activations and gradients live.
-        timeout_s: how long a wait may last.
-    """
-    neighbours, over_gloo = Neighbours(), dist.get_backend() == "gloo"
-    patience, attention = timedelta(seconds=timeout_s), Attention(timeout_s)
-    neighbours.attention = attention
-    far = partial(Peer, own_rank=rank, timeout_s=timeout_s, attention=attention)
-    with without_splits():
-        for ranks in pipelines:
-            for s in range(len(ranks) - 1):
-                pair = [ranks[s], ranks[s + 1]]
-                down = dist.new_group(pair, timeout=patience)
-                up = dist.new_group(pair, timeout=patience)
-                control = dist.new_group(pair, timeout=patience, backend="gloo")
-                watch = None if over_gloo else dist.new_group(pair, timeout=patience, backend="gloo")
-                if rank == pair[0]:
-                    below = partial(far, rank=pair[1], stage=s + 1, own_stage=s)
-                    neighbours.activations_out = Outbox(below(down), "activation", device)
-                    neighbours.gradients_in = Inbox(below(up), "gradient", device)
-                    neighbours.control_out = ControlOut(below(control))
-                    neighbours.watched += () if over_gloo else (below(watch, attention=Attention(timeout_s)),)
-                elif rank == pair[1]:
-                    above = partial(far, rank=pair[0], stage=s, own_stage=s + 1)
-                    neighbours.activations_in = Inbox(above(down), "activation", device)
-                    neighbours.gradients_out = Outbox(above(up), "gradient", device)
-                    neighbours.control_in = ControlIn(above(control))
-                    neighbours.watched += () if over_gloo else (above(watch, attention=Attention(timeout_s)),)
-        if not over_gloo:
-            neighbours.watched += _chained(pipelines, rank, timeout_s)
-    if device.type != "cpu":
-        neighbours.warm_up()
-    return neighbours
-
-
-def _chained(pipelines: Sequence[Sequence[int]], rank: int, timeout_s: float) -> tuple[Peer, ...]:
-    """Groups between successive ranks that share a stage, of all stages; this rank's ends of them."""
-    ends: list[Peer] = []
-    for stage, column in enumerate(zip(*pipelines, strict=True)):
-        for one, other in itertools.pairwise(column):
-            group = dist.new_group([one, other], timeout=timedelta(seconds=timeout_s), backend="gloo")
-            if rank in (one, other):
-                far = other if rank == one else one
-                ends.append(Peer(group, far, stage, rank, stage, timeout_s, Attention(timeout_s)))
-    return tuple(ends)

@@ -103,7 +103,7 @@ class Intake:
     def receive_header(self, call: int) -> None:
         """Takes the header of the stage before, and adds what this one has to tell."""
         assert self._in is not None
-        told, mine = Header.read(self._in.take()), self._header.notices
+        told, mine = Header.read(self._in.take(self._message)), self._header.notices
         notices = replace(
             told.notices,
             skipped=(*told.notices.skipped, *mine.skipped),

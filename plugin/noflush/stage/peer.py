@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
 from noflush.failure import last_words
 from noflush.failure.blame import Words
 from noflush.failure.last_words import PeerError
+
+
+class PeerGone(PeerError):
+    """A neighbour whose connection is closed, and for which another may stand in.
+
+    Attributes:
+        judged: gives the error for people if nobody does; says so to the others first.
+    """
+
+    def __init__(self, what: str, judged: Callable[[], PeerError]) -> None:
+        super().__init__(what)
+        self.judged = judged
 
 
 class Attention:
@@ -47,7 +61,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Peer:
-    """The far end of a channel: its stage and global rank, and those at this end (for errors)."""
+    """The far end of a channel: its stage and global rank, and those at this end (for errors).
+
+    ``replaceable``: whether another may stand in for it if it dies.
+    """
 
     group: dist.ProcessGroup
     rank: int
@@ -56,6 +73,7 @@ class Peer:
     own_stage: int
     timeout_s: float
     attention: Attention
+    replaceable: bool = False
 
 
 def wait_for(work: dist.Work, peer: Peer, what: str) -> None:
@@ -75,7 +93,17 @@ def wait_for(work: dist.Work, peer: Peer, what: str) -> None:
 
 
 def lost(peer: Peer, what: str, error: RuntimeError, start: float) -> PeerError:
-    """The error of a connection that failed: says so to the others first, and says whose fault it is."""
+    """The error of a connection that failed: says so to the others first, and says whose fault it is.
+
+    Of a peer that can be replaced and whose connection is closed: a `PeerGone`, and nobody hears of it yet.
+    """
+    judged = partial(_judged, peer, what, error, start)
+    if peer.replaceable and not last_words.ran_out(error):
+        return PeerGone(f"{what} stage {peer.stage} (rank {peer.rank}): {first_line(error)}", judged)
+    return judged()
+
+
+def _judged(peer: Peer, what: str, error: RuntimeError, start: float) -> PeerError:
     silent, absent = last_words.ran_out(error), peer.attention.absence()
     waited = time.monotonic() - start
     own = Words(

@@ -99,6 +99,15 @@ class ModuleWork:
             mean /= dist.get_world_size(self._replicas)
         return mean.double()
 
+    def take_losses(self) -> Any:
+        """As `Work.take_losses`."""
+        taken, self._losses = self._losses, []
+        return taken
+
+    def put_losses(self, losses: Any) -> None:
+        """As `Work.put_losses`."""
+        self._losses = losses or []
+
     def random_state(self) -> Any:
         """As `Work.random_state`: torch's own."""
         return random_state(self._device)

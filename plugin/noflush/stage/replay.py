@@ -91,7 +91,9 @@ def replay(
             received = runner.received(links.activations_in.take(runner.message(m)))
         elif op is Op.SEND_ACTIVATION:
             assert links.activations_out is not None
-            links.activations_out.send(runner.message(m), runner.coded(m, outputs))
+            links.activations_out.send(
+                runner.message(m), runner.coded(divmod(runner.number(m), runner.schedule.gas), outputs)
+            )
         elif op is Op.POST_GRAD:
             runner.post_gradients(m)
         else:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from noflush.order.actions import CONTROL, POSTS, Action, Op
+from noflush.order.actions import COMPUTE, CONTROL, POSTS, Action, Op
 from noflush.order.control import opening_order
 from noflush.order.link_traffic import LinkTraffic
 from noflush.order.posting import Posting, call_order, drain_order
@@ -72,6 +72,9 @@ class StageRunner:
         posting: when receives are posted.
         tied: weights that other stages use too.
         above, below: how the links to the stage before and to the next one carry activations and gradients.
+
+    Attributes:
+        after_compute: called after every forward, backward and update.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class StageRunner:
         self.first_micro_batch = 0
         self.first_version = ring.newest
         self.batches_finished = 0
+        self.after_compute: Callable[[Op], None] = lambda op: None
         self._work = work
         self._agreed = False
         self._report_spec = report
@@ -219,6 +223,8 @@ class StageRunner:
             waited = self._do[op](index) or 0
             first = self.first_version if op is Op.UPDATE else self.first_micro_batch
             self.recorder.end(op, first + index, begun, waited)
+            if op in COMPUTE:
+                self.after_compute(op)
         self.ring.bind_newest()
 
     def number(self, m: int) -> int:
@@ -278,7 +284,10 @@ class StageRunner:
         self._tied.take_down(self.message(m), taken[count:])
         self._received = self.received(taken[:count])
         if self.neighbours.gradients_out is not None:
-            up_to = retired_by(Op.RECV_ACTIVATION, m, self.schedule.lag_in_call(self.stage - 1))
+            # Where another may stand in for the stage above, gradients are kept until the one above that has what was
+            # made of them.
+            taken_by = self.stage - 1 if self.neighbours.above is None else self.stage - 2
+            up_to = retired_by(Op.RECV_ACTIVATION, m, self.schedule.lag_in_call(taken_by))
             self.neighbours.gradients_out.retire(self.message(up_to))
 
     def activation_specs(self) -> tuple[TensorSpec, ...]:
@@ -295,11 +304,25 @@ class StageRunner:
             tensor.requires_grad_(of.differentiable)
         return tuple(decoded) if spec.is_tuple else decoded[0]
 
-    def coded(self, m: int, outputs: Payload) -> Sequence[Tensor]:
-        """The outputs of micro-batch ``m`` of the segment as they travel."""
+    def coded(self, place: tuple[int, int], outputs: Payload) -> Sequence[Tensor]:
+        """Outputs as they travel; ``place``: the batch, counted over the whole run, and which micro-batch of it."""
         assert self._outgoing is not None
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        return self._below.activations.encode(tensors, self._outgoing.tensors, *self._place(m))
+        return self._below.activations.encode(tensors, self._outgoing.tensors, *place)
+
+    def received_gradients(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """Of a gradient message as it travelled: the gradients of this stage's outputs, and what came with them."""
+        assert self._outgoing is not None
+        of, count = self._outgoing.gradients(), len(self._outgoing.gradients())
+        return list(self._below.gradients.decode(tensors[:count], of)), tensors[count:]
+
+    def coded_gradients(self, place: tuple[int, int], found: Sequence[Tensor], rest: list[Tensor]) -> list[Tensor]:
+        """A gradient message: gradients ``found`` of this stage's inputs as they travel, and ``rest`` with them."""
+        assert self._incoming is not None
+        gradients = list(self._above.gradients.encode(found, self._incoming.gradients(), *place))
+        if not gradients and not rest:
+            rest = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=self.ring.device)]
+        return gradients + rest
 
     def _forward(self, m: int) -> None:  # (2)
         self.ring.tag(self.number(m), self.first_version + self.schedule.version(self.stage, m))
@@ -325,24 +348,23 @@ class StageRunner:
 
     def _recv_spec(self, m: int) -> None:
         assert self.neighbours.control_in is not None
-        self._incoming = PayloadSpec.from_words(self.neighbours.control_in.take())
+        self._incoming = PayloadSpec.from_words(self.neighbours.control_in.take(self.message(m)))
 
     def _send_activation(self, m: int) -> None:  # (3)
         outbox, payload = self.neighbours.activations_out, self._to_send
         assert outbox is not None
         assert payload is not None
-        outbox.send(self.message(m), (*self.coded(m, payload), *self._tied.to_send_down(self.message(m))))
+        outbox.send(self.message(m), (*self.coded(self._place(m), payload), *self._tied.to_send_down(self.message(m))))
         self._to_send = None
 
     def _recv_grad(self, m: int) -> None:  # (4)
         inbox = self.neighbours.gradients_in
         assert inbox is not None
         assert self._outgoing is not None
-        tensors, count = inbox.take(self.message(m)), len(self._outgoing.gradients())
-        self._gradients = list(self._below.gradients.decode(tensors[:count], self._outgoing.gradients()))
+        self._gradients, rest = self.received_gradients(inbox.take(self.message(m)))
         if self.ends_batch(m):
-            self._report = tensors[count]
-            self._tied.take_up(tensors[count + 1 :])
+            self._report = rest[0]
+            self._tied.take_up(rest[1:])
         assert self.neighbours.activations_out is not None
         assert self.neighbours.control_out is not None
         up_to = self.message(retired_by(Op.RECV_GRAD, m, 0))
@@ -365,14 +387,11 @@ class StageRunner:
         outbox = self.neighbours.gradients_out
         assert outbox is not None
         assert self._incoming is not None
-        found = self._work.input_gradients(self.buffer(m))
-        gradients = self._above.gradients.encode(found, self._incoming.gradients(), *self._place(m))
+        found, rest = self._work.input_gradients(self.buffer(m)), []
         if self.ends_batch(m):
             assert self._report is not None
-            gradients = [*gradients, self._report, *self._tied.to_send_up()]
-        elif self._reports(m, gradients):
-            gradients = [torch.zeros(self._report_spec.shape, dtype=self._report_spec.dtype, device=outbox.device)]
-        outbox.send(self.message(m), gradients)
+            rest = [self._report, *self._tied.to_send_up()]
+        outbox.send(self.message(m), self.coded_gradients(self._place(m), found, rest))
 
     def _update(self, update: int) -> int:  # (7)
         waited = self._work.run_update()

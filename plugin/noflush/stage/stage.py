@@ -26,10 +26,12 @@ from noflush.methods.method import Place
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.deadlock import prove
 from noflush.order.depth import DepthChoice
+from noflush.order.detours import replaceable, scale_with_guests
 from noflush.order.policies import ceil_div
 from noflush.order.posting import Posting, posting_of
 from noflush.order.schedule import Schedule
-from noflush.stage.channels import connect
+from noflush.stage.alone import is_alone
+from noflush.stage.connect import connect, connect_alone
 from noflush.stage.groups import without_splits
 from noflush.stage.heard import Heard
 from noflush.stage.intake import Intake
@@ -85,6 +87,9 @@ class Stage:
         heard: of the run's batches.
         after_update: called after every update, before any micro-batch uses the new version.
         update_done: called when the learning rate's schedule has gone on too.
+        before_call: called before a call is opened.
+        batch_read: called with the number of each micro-batch that is read from data, and with it.
+        guests_in_update: of how many micro-batches of other groups gradients have been added since the last update.
         forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
             "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
     """
@@ -102,7 +107,8 @@ class Stage:
         tied: tuple[Sequence[Tie], Mapping[int, Parameter]] = ((), {}),
     ) -> None:
         backend = dist.get_backend()
-        self.posting: Posting = options.posting or posting_of(backend)
+        alone = is_alone()
+        self.posting: Posting = options.posting or posting_of("gloo" if alone else backend)
         prove(schedule, self.posting, options.one_norm)
         self.schedule, self.ranks, self.device, self.stage = schedule, ranks, device, ranks.stage
         self.weights, self.update, self.work = weights, update, work
@@ -114,6 +120,9 @@ class Stage:
         self.forwards: deque[Forward] = self._room_for_forwards()
         self.after_update: Callable[[], None] = lambda: None
         self.update_done: Callable[[], None] = lambda: None
+        self.before_call: Callable[[], None] = lambda: None
+        self.guests_in_update: Callable[[], int] = lambda: 0
+        self.batch_read: Callable[[int, Any], None] = lambda micro_batch, batch: None
         self._scale: Tensor | float | None = None
         self.scale_owner: TravellingScale | None = None
         layout = ReportLayout(options.losses, schedule.stages)
@@ -128,8 +137,13 @@ class Stage:
             home=weights.home,
             device=device,
         )
-        last_words.attend(ranks.rank, ranks.world, ranks.name)
-        neighbours = connect(ranks.pipelines if ranks.stages > 1 else [], ranks.rank, device, options.peer_timeout_s)
+        last_words.attend(ranks.rank, 1 if alone else ranks.world, ranks.name)
+        if alone:
+            neighbours = connect_alone(self.stage, schedule.stages, device, options.peer_timeout_s)
+        else:
+            pipelines = ranks.pipelines if ranks.stages > 1 else []
+            may_be_lost = replaceable(schedule.stages, [tie.stages for tie in tied[0]]) if options.reroute else ()
+            neighbours = connect(pipelines, ranks.rank, device, options.peer_timeout_s, may_be_lost)
         if neighbours.attention is not None:
             own = f"stage {self.stage} (rank {ranks.rank})"
             LateNotice(neighbours.attention, own, options.peer_timeout_s).start()
@@ -151,7 +165,7 @@ class Stage:
         )
         self.norm = PipelineNorm(counts=not options.one_norm or self.stage == 0)
         # Nobody is watched on gloo, whose waits notice by themselves.
-        watched = () if backend == "gloo" else neighbours.watched
+        watched = () if alone or backend == "gloo" else neighbours.watched
         self.watch = PeerWatch(watched, _mark if torch.cuda.is_available() else None)
         self.watch.start()
         self._tell_methods()
@@ -259,6 +273,7 @@ class Stage:
             NonFiniteGradients: a stage skipped too many updates in a row (on every stage, after a checkpoint).
             PeerError: a neighbouring stage died or hangs.
         """
+        self.before_call()
         guard = self.guard
         notices = guard.notices(before=self.calls - 1)
         known = self.norm.tell(before=self.calls - 1) if self.stage == 0 else None
@@ -293,6 +308,7 @@ class Stage:
         if self.intake.reads:
             batch = self.intake.next()
             check_batch(batch, self.stage, self.schedule.stages)
+            self.batch_read(micro_batch, batch)
         if self.forwards.maxlen:
             self.forwards.append((micro_batch, {"random": self.work.random_state(), "batch": copied(batch)}))
         return self.work.forward(buffer, received, batch)
@@ -314,7 +330,10 @@ class Stage:
         whole = self.norm.of_update(self.ring.newest)
         if not self.options.late_norm or self.schedule.stages == 1:
             whole = 0.0
-        outcome = self.update.run(self.ring, 1.0 if self._scale is None else self._scale, whole)
+        scale = 1.0 if self._scale is None else self._scale
+        if guests := self.guests_in_update():
+            scale = scale * scale_with_guests(self.schedule.gas, guests)
+        outcome = self.update.run(self.ring, scale, whole)
         self.after_update()
         self.norm.note(outcome.norm)
         self.guard.skips.note(self.calls, self.ring.newest, outcome)

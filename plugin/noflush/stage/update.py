@@ -254,6 +254,11 @@ class TorchUpdate(NoLookAhead):
             self._reduce()
         parameters, slices = [p for p in ring.params if p.grad is not None], self._weights.slices
         norm = gradient_norm([p.grad for p in parameters if p.grad is not None and slices.counts(p)])
+        if scale != 1.0:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad.mul_(1.0 / scale)
+            norm = norm / scale
         norm = slices.add_up(norm.to(ring.device))
         finite = math.isfinite(norm.item())
         if finite and self._max_norm > 0:

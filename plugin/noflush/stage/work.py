@@ -35,6 +35,12 @@ class Work(Protocol):
     def batch_losses(self) -> Tensor:
         """At the last stage, after a batch: its mean losses over micro-batches and replicas, float64 [n]."""
 
+    def take_losses(self) -> Any:
+        """At the last stage: what of `batch_losses` is there so far; from now on there is nothing."""
+
+    def put_losses(self, losses: Any) -> None:
+        """Puts back what `take_losses` gave; None: nothing."""
+
     def random_state(self) -> Any:
         """What layers draw their random numbers from now: tensors and plain values."""
 
@@ -67,7 +73,7 @@ class StageOptions:
     ``losses``: how many a batch has; ``one_norm``: whether all stages share one gradient norm, which needs a flush;
     ``late_norm``: whether updates are clipped by the newest norm of all stages that is known without waiting
     (`clipping.known_batch`); ``posting``: when receives are posted (None: as the backend wants it); ``auto_depth``:
-    whether the depth is measured and chosen.
+    whether the depth is measured and chosen; ``reroute``: whether messages go round a neighbour that dies.
     """
 
     trace_dir: str | None = None
@@ -80,6 +86,7 @@ class StageOptions:
     posting: Posting | None = None
     wire: Wire = AS_IN_MODEL
     auto_depth: bool = False
+    reroute: bool = False
 
 
 DEFAULTS = StageOptions()

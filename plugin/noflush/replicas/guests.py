@@ -1,0 +1,266 @@
+"""What a stage does for a pipeline that has lost its like: the work of micro-batches that are guests here.
+
+In turn with its own work, one piece after each of its own forwards and backwards, with its own newest weights. Nothing
+is kept of a guest but its input: backward runs forward again, with the weights of that time (the policy ``latest``,
+with recomputation), so no weight version is kept for guests either. Their gradients are part of the update under way,
+which then takes the mean over its own micro-batches and them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noflush.order.actions import Op
+from noflush.order.detours import Served
+from noflush.replicas.door import KNOCK_S, PeerLine, Refused, knock
+from noflush.replicas.labels import labels_of
+from noflush.replicas.transport import State
+from noflush.stage.detour import ACTIVATION, CONTROL, GRADIENT
+from noflush.stage.stage import Stage
+
+_KEPT = 10_000
+
+
+@dataclass
+class Session:
+    """One pipeline that is served.
+
+    Attributes:
+        key: of its group.
+        above: line to the stage before the lost one.
+        below: line to the one after it; None: the lost one is the last.
+        wants: the first micro-batch whose forward the stage after has not had.
+        phase: micro-batches m with m % K equal to this end a batch.
+        inputs: of each micro-batch under way what came from above: tensors as they travel.
+        labels: of each micro-batch under way, where the lost stage is the last.
+        losses: of the batch under way there, as the stage's `Work` keeps them.
+    """
+
+    key: str
+    above: PeerLine
+    below: PeerLine | None = None
+    wants: int = 0
+    phase: int = 0
+    inputs: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    labels: dict[int, Any] = field(default_factory=dict)
+    losses: Any = None
+    over: bool = False
+
+
+class Guests:
+    """Of one stage.
+
+    Args:
+        stage: that serves.
+        say: tells the user a line.
+
+    Attributes:
+        served: the newest 10 000 pieces of work.
+        micro_batches: guests whose gradients went into updates here.
+        in_update: those of the update under way.
+    """
+
+    def __init__(self, stage: Stage, say: Callable[[str], None]) -> None:
+        self._stage, self._say = stage, say
+        self._lock = threading.Lock()
+        self._todo: deque[tuple[Session, str, int, Sequence[Tensor]]] = deque()
+        self._sessions: list[Session] = []
+        self._own = 0
+        self.served: deque[Served] = deque(maxlen=_KEPT)
+        self.micro_batches = self.in_update = 0
+        stage.guests_in_update = lambda: self.in_update
+
+    # ---- whom to serve -----------------------------------------------------------------------------------
+
+    def answer(self, question: dict[str, Any], above: PeerLine) -> State:
+        """Takes a pipeline in; asked by its stage before the lost one.
+
+        Raises Refused where this stage's micro-batches are others, OSError where the stage after is not reached.
+        """
+        stage = self._stage
+        incoming, outgoing = stage.runner.specs
+        last = stage.stage == stage.schedule.stages - 1
+        if incoming is None or (outgoing is None and not last):
+            raise Refused("it has not begun to train")
+        mine = {"stage": stage.stage, "gas": stage.schedule.gas, "spec": incoming.to_words()}
+        other = next((name for name, value in mine.items() if question[name] != value), None)
+        if other is not None:
+            raise Refused(f"{other} is {mine[other]} there and {question[other]} here")
+        session = Session(question["key"], above, phase=question["phase"])
+        if outgoing is not None:
+            words = {"kind": "stand-in", "key": session.key, "stage": stage.stage, "first": question["first"]}
+            below, (_, answer) = knock(question["below"], {**words, "spec": outgoing.to_words()}, KNOCK_S)
+            session.below, session.wants = below, answer["wants"]
+            below.use(lambda *message: self._from_below(session, *message), lambda: self._end(session))
+        head, offset = question["head"], question["offset"]
+
+        def from_above(kind: str, number: int, tensors: Sequence[Tensor], words: Sequence[int]) -> None:
+            if kind == ACTIVATION and last:
+                try:
+                    session.labels[number] = labels_of(head, number + offset, stage.device, KNOCK_S)
+                except (Refused, OSError) as why:
+                    self._say(f"groups: no labels of micro-batch {number} of {session.key}: {why}")
+                    self._end(session)
+                    return
+            self._from_above(session, kind, number, tensors, words)
+
+        above.use(from_above, lambda: self._end(session))
+        with self._lock:
+            self._sessions.append(session)
+        if session.below is not None:
+            session.below.begin()
+        name = session.key.rpartition("/")[0]
+        self._say(f"groups: stage {stage.stage} serves {name}'s too, from micro-batch {question['first']} on")
+        return {}, {}
+
+    def _from_above(
+        self, session: Session, kind: str, number: int, tensors: Sequence[Tensor], words: Sequence[int]
+    ) -> None:
+        if kind == CONTROL and session.below is not None:
+            session.below.send(kind, number, words=words)
+        elif kind == ACTIVATION:
+            self._put(session, kind, number, tensors)
+
+    def _from_below(
+        self, session: Session, kind: str, number: int, tensors: Sequence[Tensor], words: Sequence[int]
+    ) -> None:
+        if kind == GRADIENT:
+            self._put(session, kind, number, tensors)
+
+    def _put(self, session: Session, kind: str, number: int, tensors: Sequence[Tensor]) -> None:
+        with self._lock:
+            if not session.over:
+                self._todo.append((session, kind, number, tensors))
+
+    def _end(self, session: Session) -> None:
+        with self._lock:
+            was, session.over = session.over, True
+            self._sessions = [one for one in self._sessions if one is not session]
+            self._todo = deque(item for item in self._todo if item[0] is not session)
+        if was:
+            return
+        session.above.close()
+        if session.below is not None:
+            session.below.close()
+        self._say(f"groups: {session.key.rpartition('/')[0]} is not served any more")
+
+    def close(self) -> None:
+        """Serves nobody any more."""
+        for session in list(self._sessions):
+            self._end(session)
+
+    # ---- work --------------------------------------------------------------------------------------------
+
+    def after_compute(self, op: Op) -> None:
+        """After each of the stage's own forwards, backwards and updates: one guest's turn, but for updates."""
+        self._own += 1
+        if op is Op.UPDATE:
+            self.in_update = 0
+            return
+        while (item := self._next()) is not None:
+            if self._do(*item):
+                return
+
+    def _next(self) -> tuple[Session, str, int, Sequence[Tensor]] | None:
+        with self._lock:
+            # A gradient may come before what it is of: its activation went both ways round the lost stage.
+            for at, item in enumerate(self._todo):
+                if item[1] == ACTIVATION or item[2] in item[0].inputs:
+                    del self._todo[at]
+                    return item
+        return None
+
+    def _do(self, session: Session, kind: str, number: int, tensors: Sequence[Tensor]) -> bool:
+        """Whether it was any work."""
+        if session.below is None:
+            self._train(session, number, tensors)
+            return True
+        if kind == ACTIVATION:
+            session.inputs[number] = tensors
+            if number >= session.wants:
+                self._forward(session, number, tensors)
+            return number >= session.wants
+        self._backward(session, number, session.inputs.pop(number), tensors)
+        return True
+
+    def _forward(self, session: Session, number: int, arrived: Sequence[Tensor]) -> None:
+        begun = self._stage.recorder.begin(Op.FORWARD)
+        with self._stage.work.replaying(), torch.no_grad():
+            outputs = self._run(session, number, arrived)
+            coded = self._stage.runner.coded(divmod(number, self._stage.schedule.gas), outputs)
+        assert session.below is not None
+        session.below.send(ACTIVATION, number, [*coded, *arrived[self._inputs :]])
+        self._note("F", session, number)
+        self._stage.recorder.end(Op.FORWARD, number, begun)
+
+    def _backward(self, session: Session, number: int, arrived: Sequence[Tensor], coming: Sequence[Tensor]) -> None:
+        stage, runner = self._stage, self._stage.runner
+        begun = stage.recorder.begin(Op.BACKWARD)
+        with stage.work.replaying():
+            self._run(session, number, arrived)
+            gradients, rest = runner.received_gradients([t.to(stage.device) for t in coming])
+            stage.work.backward(self._buffer, gradients)
+            self._send_back(session, number, list(rest))
+        stage.recorder.end(Op.BACKWARD, number, begun)
+
+    def _train(self, session: Session, number: int, arrived: Sequence[Tensor]) -> None:
+        """At a last stage: forward, loss and backward at once, as such a stage does; and the report of a batch."""
+        stage = self._stage
+        begun = stage.recorder.begin(Op.BACKWARD)
+        own = stage.work.take_losses()
+        stage.work.put_losses(session.losses)
+        with stage.work.replaying():
+            self._run(session, number, arrived, (None, session.labels.pop(number)))
+            stage.work.backward(self._buffer, None)
+            ends = number % stage.schedule.gas == session.phase
+            report = [stage.reports.first(stage.work.batch_losses(), 1.0)] if ends else []
+            self._send_back(session, number, report)
+        session.losses = stage.work.take_losses()
+        stage.work.put_losses(own)
+        stage.recorder.end(Op.BACKWARD, number, begun)
+
+    def _send_back(self, session: Session, number: int, rest: list[Tensor]) -> None:
+        stage = self._stage
+        found = stage.work.input_gradients(self._buffer)
+        session.above.send(
+            GRADIENT, number, stage.runner.coded_gradients(divmod(number, stage.schedule.gas), found, rest)
+        )
+        self.in_update += 1
+        self.micro_batches += 1
+        self._note("B", session, number)
+
+    def _run(self, session: Session, number: int, arrived: Sequence[Tensor], batch: Any = None) -> Any:
+        """Forward, drawing what the micro-batch's other forward draws."""
+        stage = self._stage
+        stage.ring.bind_newest()
+        stage.work.reserve(self._buffer + 1)
+        torch.manual_seed(_seed(session.key, number))
+        received = stage.runner.received([t.to(stage.device) for t in arrived[: self._inputs]])
+        return stage.work.forward(self._buffer, received, batch)
+
+    @property
+    def _buffer(self) -> int:
+        """Behind those of the stage's own micro-batches."""
+        return self._stage.schedule.in_flight(self._stage.stage)
+
+    @property
+    def _inputs(self) -> int:
+        """Tensors of an activation message that are this stage's input; others are passed on."""
+        incoming, _ = self._stage.runner.specs
+        assert incoming is not None
+        return len(incoming.tensors)
+
+    def _note(self, kind: str, session: Session, number: int) -> None:
+        self.served.append(Served(kind, session.key, number, self._own))
+
+
+def _seed(key: str, number: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{key}/{number}".encode(), digest_size=4).digest(), "little")

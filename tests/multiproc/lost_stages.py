@@ -1,0 +1,55 @@
+"""Groups of which one stage's process dies, and comes back: what the tests and the benchmark run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+
+from noflush.stage.alone import is_alone
+from tests.multiproc import training as t
+from tests.multiproc.group_training import RATE, block, gpt_of
+
+
+def train_losing(
+    rank, where, name, seed, stages, calls, gas=1, dies=None, will=None, slow=0.02, optimizer=RATE, more=None,
+    extra=None,
+):  # fmt: skip
+    """One rank of a group; ``dies``: (stage, call before which its process is killed), leaving ``will``."""
+    loss_fn, losses = t.recording()
+    config = t.ds_config(
+        gas, optimizer, block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})}), **(more or {})
+    )
+    engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
+    engine.group.join()
+    began = engine.global_steps
+    times = []
+    while engine.global_steps < calls:
+        call = engine.global_steps
+        if dies == (rank, call) and not is_alone():
+            time.sleep(0.5)  # what was sent is on its way
+            if will:
+                torch.save(result_of(engine, losses, times) | {"began": began}, will)
+            os.kill(os.getpid(), signal.SIGKILL)
+        engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
+        times.append(time.monotonic())
+        time.sleep(slow)
+    engine.drain()
+    return result_of(engine, losses, times) | {"began": began}
+
+
+def result_of(engine, losses, times):
+    """What the oracle compares."""
+    rerouting = engine.group.lost_stages.rerouting
+    return {
+        "losses": losses,
+        "weights": [p.detach().clone() for p in engine.module.parameters()],
+        "served": list(rerouting.guests.served),
+        "exchanges": list(engine.group.averager.exchanges),
+        "born_of": engine.group.averager.born_of,
+        "key": engine.group.key,
+        "times": times,
+        "heard": engine.batch_losses(),
+    }
