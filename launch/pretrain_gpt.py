@@ -157,12 +157,16 @@ def _train(settings: Settings, found: Rendezvous, lines: Sequence[str], count: i
     from noflush.failure.keeper import keeper_watched
     from noflush.launch.training.meeting import MeetingError
     from noflush.launch.training.start import leave, meet_others, rank_name
+    from noflush.stage.alone import is_alone
 
     training = None
     try:
-        store = meet_others(settings.ranks)
-        with keeper_watched(lambda: store, 60.0 * settings.ranks.timeout_minutes, rank_name(settings.ranks, 0)):
-            training = prepare(settings, found.rank, lines, count, signals, store)
+        if is_alone():  # the others have met, and train
+            training = prepare(settings, found.rank, lines, count, signals)
+        else:
+            store = meet_others(settings.ranks)
+            with keeper_watched(lambda: store, 60.0 * settings.ranks.timeout_minutes, rank_name(settings.ranks, 0)):
+                training = prepare(settings, found.rank, lines, count, signals, store)
         reason = training.run()
         if found.rank == 0:
             say_why(training.settings, training.position, reason)

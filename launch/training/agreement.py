@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from noflush.launch.refusal import RefusedError
+from noflush.stage.alone import is_alone
 
 _T = TypeVar("_T")
 
@@ -23,14 +24,18 @@ def agree(fault: str | None) -> None:
 
 
 def on_first_rank(action: Callable[[], _T]) -> _T:
-    """What ``action`` returns on rank 0, on every rank; a RefusedError there is raised on every rank too."""
+    """What ``action`` returns on rank 0, on every rank; a RefusedError there is raised on every rank too.
+
+    None on a rank that has come back alone (`stage.alone`): what rank 0 decided, it decided before.
+    """
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             told[0] = action()
         except RefusedError as error:
             told[1] = str(error)
-    dist.broadcast_object_list(told, src=0)
+    if not is_alone():
+        dist.broadcast_object_list(told, src=0)
     if told[1] is not None:
         raise RefusedError(told[1], everywhere=True)
     result: _T = told[0]

@@ -182,6 +182,8 @@ class Training:
     def _save(self) -> None:
         # The checkpoint of this iteration may be the newest complete one: it must not be written over.
         if self.settings.checkpoints.save and self.position.iteration != self._saved_at:
+            if not self._whole("checkpoint"):
+                return
             begin = time.perf_counter()
             settings = self.settings
             folders, model, tokens = settings.checkpoints, settings.model, settings.tokens
@@ -192,6 +194,11 @@ class Training:
                 verb = "saving" if settings.block is not None and settings.block.async_save else "saved"
                 say(f"{verb} {where}; training stood still for {time.perf_counter() - begin:.2f} s")
 
+    def _whole(self, what: str) -> bool:
+        """Whether ``what``, which needs all ranks, can be done: not by a group that has lost a stage of its world."""
+        group = getattr(self.engine, "group", None)
+        return group is None or bool(group.is_whole(what))
+
     def _finish_saves(self) -> None:
         try:
             if hasattr(self.engine, "finish_saves"):
@@ -201,6 +208,8 @@ class Training:
 
     def _evaluate(self, name: str, dataset: Any, iteration: int) -> None:
         """Mean loss over ``eval_iters`` global batches, from where the evaluation before ended; nothing drains."""
+        if not self._whole("evaluation"):
+            return
         steps, position = self.settings.steps, self.position
         needed, micro = steps.eval_iterations * steps.eval_size, steps.eval_micro
         start = evaluated_before(iteration, steps.eval_every, needed, steps.eval_from) if name == "validation" else 0

@@ -23,6 +23,7 @@ from noflush.launch.training.learning_rate import rates_of
 from noflush.launch.training.meeting import meet
 from noflush.launch.training.random_state import seed_everything
 from noflush.patches.megatron_core import dropout as megatron_core
+from noflush.stage.alone import is_alone
 from noflush.stage.groups import without_splits
 
 
@@ -61,7 +62,7 @@ def join(ranks: Ranks, store: Any = None) -> None:
     timeout = timedelta(minutes=ranks.timeout_minutes)
     # DeepSpeed makes groups without a timeout of their own: torch's default is half an hour.
     torch.distributed.distributed_c10d.default_pg_timeout = timeout
-    attend(int(os.environ["RANK"]), ranks.world, partial(rank_name, ranks), store)
+    attend(int(os.environ["RANK"]), 1 if is_alone() else ranks.world, partial(rank_name, ranks), store)
     if store is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         _join_again(ranks, store, gpu, timeout)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)

@@ -12,10 +12,12 @@ from noflush.kernels.choice import choose
 from noflush.methods.optimizer import DelayAwareOptimizer
 from noflush.order.schedule import Schedule
 from noflush.order.wire_format import Wire
+from noflush.patches.deepspeed.lost_stages import ties_of_group
 from noflush.patches.deepspeed.ties import Ties, ties_of
 from noflush.patches.deepspeed.update import TiedFirst, WrappedUpdate
 from noflush.patches.deepspeed.weights import weights_of
 from noflush.patches.deepspeed.work import EngineWork
+from noflush.stage.alone import is_alone
 from noflush.stage.ranks import Ranks
 from noflush.stage.slices import Slices
 from noflush.stage.stage import Stage
@@ -41,7 +43,9 @@ def make_stage(
     update, named = _make_update(engine, block, weights, schedule.flushes)
     pipe = engine.grid.get_pipe_parallel_group()
     tied: Ties = ([], {})
-    if schedule.stages > 1 and not schedule.flushes:
+    if is_alone() and block.groups is not None:
+        tied = ties_of_group(block.groups.timeout_s), {}
+    elif schedule.stages > 1 and not schedule.flushes:
         tied = ties_of(engine.module, pipe, engine.get_data_types()[1])
     if tied[0] and isinstance(update, WrappedUpdate):
         raise ConfigError(

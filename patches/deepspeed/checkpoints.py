@@ -65,7 +65,11 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
         Raises:
             NotWrittenError: on every rank, of this checkpoint or the one that was still being written.
+
+        Where a group of several has lost a stage (``replicas.reroute``) nothing is written, and it returns False.
         """
+        if self._nf_group is not None and not self._nf_group.is_whole("checkpoint"):
+            return False
         stage = self._nf_stage
         why = snapshot.why_not_taken(stage)
         if why is not None:
@@ -105,8 +109,9 @@ class Checkpoints(_Host):  # type: ignore[misc]
 
         Raises NotWrittenError on every rank if it could not be written.
         """
-        with self._nf_stage.on_duty():
-            self.saves.finish()
+        if self._nf_group is None or self._nf_group.is_whole("checkpoint"):
+            with self._nf_stage.on_duty():
+                self.saves.finish()
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, after `drain`; numbering goes on from the checkpoint's ``global_steps``.
@@ -125,6 +130,11 @@ class Checkpoints(_Host):  # type: ignore[misc]
             CheckpointError: some ranks' files of what was in flight are missing, or it cannot be re-cut.
             ValueError: the optimizer's state is another optimizer's, or some of it is missing.
         """
+        if self._nf_group is not None and not self._nf_group.is_whole("loading"):
+            raise RuntimeError(
+                "load_checkpoint(): this group has lost a stage of its world, in which all ranks load; end it and "
+                "start it again, when it also takes the other groups' newest weights"
+            )
         self.finish_saves()
         self.drain()
         rule = self._nf_stage.weights.rule

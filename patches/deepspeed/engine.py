@@ -380,10 +380,16 @@ class NoFlushEngine(Checkpoints, Evaluation, PipelineEngine):  # type: ignore[mi
         size it has costs nothing (Megatron-DeepSpeed states it before every call).
 
         Raises:
-            ValueError: no multiple of micro-batch size x replicas, or a K that the weight policy cannot have.
+            ValueError: no multiple of micro-batch size x replicas, or a K that the weight policy cannot have; or
+                another size with ``replicas.reroute``.
         """
         if train_batch_size == self.train_batch_size():
             return
+        if self._nf_group is not None and self._nf_group.lost_stages is not None:
+            raise ValueError(
+                f"set_train_batch_size({train_batch_size}): with async_pipeline.replicas.reroute the batch size stays "
+                f"{self.train_batch_size()}: another group's stage may be serving this one's micro-batches"
+            )
         unit = self.train_micro_batch_size_per_gpu() * self.dp_world_size
         gas, rest = divmod(train_batch_size, unit)
         if rest or gas < 1:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import SendActivation
 
 from noflush.stage.messages import PayloadSpec
 from noflush.stage.payloads import check_alike, check_outputs
 from noflush.stage.stage import Stage
+
+if TYPE_CHECKING:
+    from noflush.patches.deepspeed.groups import Group
 
 _Host: Any = PipelineEngine if TYPE_CHECKING else object
 
@@ -28,6 +33,7 @@ class Evaluation(_Host):  # type: ignore[misc]
     total_loss: Any
     total_additional_losses: Any
     _nf_stage: Stage
+    _nf_group: Group | None
     _nf_evaluated: tuple[int, PayloadSpec | None] = (0, None)
     """Micro-batches sent in this evaluation, and what the first one was."""
 
@@ -38,9 +44,13 @@ class Evaluation(_Host):  # type: ignore[misc]
         later stage has made up to ceil(L/K) updates more than stage 0. Call `drain` first to evaluate one version
         everywhere.
 
+        Where a group of several has lost a stage (``replicas.reroute``) nothing is evaluated, and it returns nan.
+
         Raises:
             ValueError: micro-batches of one call differ in shape (those of different calls may).
         """
+        if self._nf_group is not None and not self._nf_group.is_whole("evaluation"):
+            return torch.tensor(math.nan, device=self.device)
         training = self.pipe_buffers, self.num_pipe_buffers, self.module.training
         self.pipe_buffers = {kind: [] for kind in self.pipe_buffers}
         self.num_pipe_buffers = 0

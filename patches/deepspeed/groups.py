@@ -9,13 +9,15 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from noflush.config import ConfigError
 from noflush.order.shared_order import SharedOrder
 from noflush.patches.deepspeed.lost_stages import LostStages, find_group
 from noflush.replicas.settings import ReplicasConfig
 from noflush.replicas.torchft_log import quieten
 from noflush.stage.alone import is_alone
-from noflush.stage.update import FusedUpdate
+from noflush.stage.update import FusedUpdate, TorchUpdate
 
 if TYPE_CHECKING:
     from noflush.replicas.averager import Averager
@@ -193,6 +195,10 @@ class Group:
         self.averager.begin(result)
         self.joined = True
 
+    def is_whole(self, what: str) -> bool:
+        """Whether ``what``, which needs all ranks of the group, can be done; they are answered alike."""
+        return self.lost_stages is None or self.lost_stages.whole(what)
+
     def restarted(self) -> None:
         """A checkpoint was loaded."""
         if self.joined:
@@ -205,7 +211,8 @@ class Group:
         self.join()
         engine = self._engine
         store = self._store if engine.num_stages > 1 else None
-        return GroupSamples(count, engine.train_micro_batch_size_per_gpu(), seed, self.order, store)
+        given = 0 if self.lost_stages is None else self.lost_stages.micro_batches_given()
+        return GroupSamples(count, engine.train_micro_batch_size_per_gpu(), seed, self.order, store, given)
 
 
 def own_address(config: ReplicasConfig) -> str:
@@ -235,5 +242,25 @@ def _faults(engine: Any, config: ReplicasConfig) -> list[str]:
             f"async_pipeline.replicas.mode is 'sync' with {type(stage.weights.rule).__name__} and fp16 "
             f"{'on' if engine.fp16_enabled() else 'off'}: groups' gradients are summed where noflush's own optimizers "
             "update, and unscaled; take one of those, float32 or bf16, or mode 'async'"
+        )
+    return faults + (_faults_of_detours(engine) if config.reroute else [])
+
+
+def _faults_of_detours(engine: Any) -> list[str]:
+    stage, faults = engine.pipeline_stage, []
+    where = "async_pipeline.replicas.reroute is true with"
+    if engine.num_stages < 2:
+        faults.append(f"{where} one stage a group: there is no neighbour that could go on; use 2 or more, or false")
+    if engine.fp16_enabled():
+        faults.append(f"{where} fp16: every group has a loss scale of its own; use bf16 or float32")
+    if not isinstance(stage.update, (FusedUpdate, TorchUpdate)):
+        faults.append(
+            f"{where} {type(engine.optimizer).__name__} around {type(stage.weights.rule).__name__}, which sums "
+            "gradients out of sight; name one of noflush's optimizers in async_pipeline.optimizer"
+        )
+    if not is_alone() and dist.get_backend() != "gloo":
+        faults.append(
+            f"{where} the backend {dist.get_backend()}: over it a stage that dies takes its neighbours' connections "
+            "with it; use deepspeed.init_distributed('gloo'), or false"
         )
     return faults

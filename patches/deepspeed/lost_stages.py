@@ -6,16 +6,40 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from noflush.order.averaging import slice_of
 from noflush.replicas.settings import ReplicasConfig
 from noflush.stage.alone import is_alone
+from noflush.stage.tied import Tie
 
 if TYPE_CHECKING:
     from noflush.patches.deepspeed.groups import Group
     from noflush.replicas.averager import Averager
     from noflush.replicas.rerouting import Rerouting
 
-_LOST, _STAGE = "noflush/lost", "noflush/stage/{}"
+_ROUNDS = 5
+"""How many rounds of averaging one that comes back waits: its place is free when one has ended, or is given up."""
+_LOST, _STAGE, _SAMPLES_FROM = "noflush/lost", "noflush/stage/{}", "noflush/samples from"
+
+
+def ties_of_group(seconds: float) -> list[Tie]:
+    """The tied weights of the group that this process, which came back alone, is of. Raises ConnectionError."""
+    from noflush.replicas.come_back import find_group as find
+
+    return [
+        Tie(one["name"], tuple(one["stages"]), tuple(one["shape"]), *(_dtype(one[key]) for key in ("dtype", "sums")))
+        for one in find(seconds)["ties"]
+    ]
+
+
+def _plain(tie: Tie) -> dict[str, Any]:
+    sums = None if tie.sums is None else str(tie.sums)
+    return {"name": tie.name, "stages": tie.stages, "shape": tie.shape, "dtype": str(tie.dtype), "sums": sums}
+
+
+def _dtype(name: str | None) -> Any:
+    return None if name is None else getattr(torch, name.removeprefix("torch."))
 
 
 def find_group(seconds: float) -> tuple[str, Any]:
@@ -49,6 +73,7 @@ class LostStages:
 
         self._group, self._engine, self._config, self._store = group, engine, config, store
         self.rerouting: Rerouting | None = None
+        self._said: set[str] = set()
         stage = engine.pipeline_stage
         self._door = Door(own_address(config))
         told = {
@@ -65,7 +90,8 @@ class LostStages:
         stage = self._engine.pipeline_stage
         stage.tell_all(None)  # every stage has told of itself
         if stage.stage == 0:
-            announce({"key": self._group.key, "store": [self._store.host, self._store.port]})
+            ties = [_plain(tie) for tie in stage.tied.ties]
+            announce({"key": self._group.key, "store": [self._store.host, self._store.port], "ties": ties})
 
     def _stages(self) -> list[dict[str, Any]]:
         keys = [_STAGE.format(number) for number in range(self._engine.num_stages)]
@@ -109,7 +135,8 @@ class LostStages:
         from noflush.replicas.true_weights import TrueWeights
 
         engine, stage = self._engine, self._engine.pipeline_stage
-        coming = ComeBack(stage, self._group.key, self._doors(), self._config.timeout_s)
+        patience = _ROUNDS * self._config.timeout_s
+        coming = ComeBack(stage, self._group.key, self._doors(), patience)
         found = coming.ask()
         put(stage, TrueWeights(stage.weights, stage.ring), engine.lr_scheduler, found)
         engine.global_steps = coming.begin(found[1]["specs"])
@@ -118,6 +145,15 @@ class LostStages:
         self._group.averager.born(found)
         self._group.averager.begin(Round(0, (), None))
         self._group.averager.due_at_once()
+
+    def micro_batches_given(self) -> int:
+        """How many of the group's micro-batches its first stage had drawn before those that this process reads."""
+        now = self._engine.global_steps * self._engine.pipeline_stage.schedule.gas
+        if not is_alone():
+            if self._engine.is_first_stage():
+                self._store.set(_SAMPLES_FROM, str(now))
+            return 0
+        return int(now - int(self._store.get(_SAMPLES_FROM)))
 
     def whole(self, what: str) -> bool:
         """Whether ``what``, which needs every stage, can be done; all ranks are answered alike.
@@ -129,7 +165,13 @@ class LostStages:
             return False
         now = "lost" if self._store.check([_LOST]) else "whole"
         agreed = self._store.compare_set(f"noflush/{what}/{self._engine.global_steps}", "", now)
-        return bool(agreed.decode() == "whole")
+        whole = bool(agreed.decode() == "whole")
+        if not whole and what not in self._said:
+            self._said.add(what)
+            self._engine.say(
+                f"groups: no {what} from here on, for a stage of this group's world is lost; other groups have theirs"
+            )
+        return whole
 
     def close(self) -> None:
         """Serves nobody any more."""

@@ -149,6 +149,21 @@ def read_block(ds_config: Mapping[str, Any], faults: list[str]) -> AsyncPipeline
     return config
 
 
+def _faults_of_detours(config: AsyncPipelineConfig) -> list[str]:
+    faults = []
+    if config.schedule == "1f1b_flush":
+        faults.append(
+            f"{BLOCK}.replicas.reroute is true with schedule '1f1b_flush': a call that ends with a flush waits for "
+            "every stage of its own group; use '1f1b_no_flush'"
+        )
+    if config.extra_in_flight == "auto":
+        faults.append(
+            f"{BLOCK}.replicas.reroute is true with extra_in_flight 'auto': all stages of a group measure their links "
+            "together, which one that has come back cannot; name a number"
+        )
+    return faults
+
+
 _LATER = {
     ("weights", "predict"): "weight prediction comes later; use 'stash', 'latest' or '2bw'",
 }
@@ -173,6 +188,8 @@ def _faults_of_values(config: AsyncPipelineConfig) -> list[str]:
         faults.append(f"{BLOCK}.wire is {config.wire!r}: {error}")
     if config.replicas is not None:
         faults += faults_of_replicas(config.replicas, f"{BLOCK}.replicas")
+        if config.replicas.get("reroute") is True:
+            faults += _faults_of_detours(config)
     rule = config.optimizer
     if rule is not None and (rule.get("type") not in METHODS or not isinstance(rule.get("params", {}), Mapping)):
         faults.append(

@@ -105,6 +105,13 @@ class Replay:
                 steps = _with_guests(steps, rank["served"], keys)
                 node = self._node(g, keys[g], s, steps, rank["exchanges"], rank["born_of"], rank["began"])
                 self.nodes.append(node)
+        # What had not arrived when its process died counts for nothing: who stood in has done it again.
+        self.done_again = {
+            (one.kind, stage, one.micro_batch)
+            for r in results
+            if isinstance(r[stage], dict)
+            for one in r[stage]["served"]
+        }
         self.wanted = {
             (node.stage, part.key, part.update): (exchange.start, exchange.length)
             for node in self.nodes
@@ -157,12 +164,15 @@ class Replay:
         if node.stage and (group, node.stage - 1, m) not in self.activations:
             return False
         ran = self._run(node, group, m)
-        if node.stage < self.stages - 1:
+        if node.stage < self.stages - 1 and self._counts(node, "F", m, guest):
             assert (group, node.stage, m) not in self.activations
             self.activations[group, node.stage, m] = ran[1].detach()
         if not guest:
             node.parts[m] = ran
         return True
+
+    def _counts(self, node, kind, m, guest):
+        return guest or node is not self.nodes[0] or (kind, node.stage, m) not in self.done_again
 
     def _run(self, node, group, m):
         inputs, labels = self.data[group][m]
@@ -181,7 +191,10 @@ class Replay:
             return False
         ran = self._run(node, group, m) if guest else node.parts.pop(m)
         node.guests += guest
-        self.gradients[group, node.stage, m] = node.backward(*ran, gradient)
+        found = node.backward(*ran, gradient)
+        if self._counts(node, "B", m, guest):
+            assert (group, node.stage, m) not in self.gradients
+            self.gradients[group, node.stage, m] = found
         return True
 
     def batch_loss(self, group, call):

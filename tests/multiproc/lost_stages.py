@@ -14,30 +14,36 @@ from tests.multiproc.group_training import RATE, block, gpt_of
 
 
 def train_losing(
-    rank, where, name, seed, stages, calls, gas=1, dies=None, will=None, slow=0.02, optimizer=RATE, more=None,
-    extra=None,
+    rank, where, name, seed, stages, calls, gas=1, dies=None, dies_again=None, will=None, slow=0.02, optimizer=RATE,
+    more=None, extra=None, between=None,
 ):  # fmt: skip
-    """One rank of a group; ``dies``: (stage, call before which its process is killed), leaving ``will``."""
+    """One rank of a group.
+
+    ``dies``: the call before which this rank's process is killed, by rank, leaving ``will``; ``dies_again``: that of
+    one that has come back. ``between``: called with engine and call after each; what it returns is kept.
+    """
     loss_fn, losses = t.recording()
     config = t.ds_config(
         gas, optimizer, block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})}), **(more or {})
     )
     engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
     engine.group.join()
-    began = engine.global_steps
-    times = []
+    began, times, kept = engine.global_steps, [], []
+    last = dies_again if is_alone() else (dies or {}).get(rank)
     while engine.global_steps < calls:
         call = engine.global_steps
-        if dies == (rank, call) and not is_alone():
+        if call == last:
             time.sleep(0.5)  # what was sent is on its way
             if will:
                 torch.save(result_of(engine, losses, times) | {"began": began}, will)
             os.kill(os.getpid(), signal.SIGKILL)
         engine.train_batch(iter(t.data(gas, seed=seed + 1000 * call)))
         times.append(time.monotonic())
+        if between is not None:
+            kept.append(between(engine, call))
         time.sleep(slow)
     engine.drain()
-    return result_of(engine, losses, times) | {"began": began}
+    return result_of(engine, losses, times) | {"began": began, "kept": kept}
 
 
 def result_of(engine, losses, times):

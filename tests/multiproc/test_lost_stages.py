@@ -21,7 +21,7 @@ SEEDS, DIED = (1, 50), 12
 def lose(tmp_path, stages, lost, calls, gas=1, comes_back=None, make_optimizer=nadamw, **more):
     """Two groups, of which the first loses stage ``lost`` before call `DIED`; checked; their results."""
     will = tmp_path / "will"
-    loser = {"name": "a", "seed": SEEDS[0], "dies": (lost, DIED), "will": will, "calls": calls[0]}
+    loser = {"name": "a", "seed": SEEDS[0], "dies": {lost: DIED}, "will": will, "calls": calls[0]}
     loser |= {"expect_errors": True} if comes_back is None else {"comes_back": (lost, comes_back)}
     with lighthouse(min_groups=2) as where:
         results = run_groups(
@@ -74,11 +74,11 @@ def test_without_its_last_stage(tmp_path):
     lose(tmp_path, 3, 2, (40, 90))
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_the_stage_comes_back(tmp_path, lost):
-    calls = (110, 170)
+@pytest.mark.parametrize(("lost", "calls"), [(1, (90, 150)), pytest.param(2, (220, 330), marks=pytest.mark.slow)])
+def test_the_stage_comes_back(tmp_path, lost, calls):
     results = lose(tmp_path, 3, lost, calls, comes_back=1.0)
     back = results[0][lost]
     assert DIED < back["began"] < calls[0]
     assert back["born_of"][0] == results[1][0]["key"]
-    assert len(back["exchanges"]) >= 1
+    if calls[0] > 100:  # and is averaged with the others again
+        assert len(back["exchanges"]) >= 1

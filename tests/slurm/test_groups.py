@@ -32,7 +32,7 @@ def cluster(tmp_path_factory):
 class Groups:
     """An array job in a folder of its own."""
 
-    def __init__(self, cluster: Cluster, folder: Path, iterations: int = ITERATIONS):
+    def __init__(self, cluster: Cluster, folder: Path, iterations: int = ITERATIONS, reroute: bool = False):
         self.cluster, self.folder = cluster, folder
         replicas = {
             "lighthouse": "$LIGHTHOUSE",
@@ -40,6 +40,7 @@ class Groups:
             "average_every": 5,
             "fraction": 0.25,
             "timeout_s": 30.0,
+            "reroute": reroute,
         }
         block = CONFIG["async_pipeline"] | {"replicas": replicas}
         (folder / "replicas.json").write_text(json.dumps(CONFIG | {"async_pipeline": block}))
@@ -50,6 +51,7 @@ class Groups:
         ]
         (folder / "gpt.args").write_text("\n".join(words))
         environment = {"SAVE": str(folder / "runs"), "SCRIPT": str(SCRIPT), "PYTHON": sys.executable}
+        environment |= {"REROUTE": "1"} if reroute else {}
         self.tasks = cluster.sbatch_array(
             GROUPS,
             BATCH,
@@ -148,3 +150,18 @@ def test_a_group_of_an_array_dies_comes_back_and_goes_on_where_the_other_is(clus
     for group in range(GROUPS):
         assert groups.saved(group) == ITERATIONS
         assert "finished, checkpoint" in cluster.output(groups.tasks[group])
+
+
+def test_a_killed_rank_comes_back_within_its_job(cluster, tmp_path):
+    """Its pipeline goes on through the other group's last stage meanwhile, and no job is queued again."""
+    groups = Groups(cluster, tmp_path, iterations=ITERATIONS, reroute=True)
+    groups.wait(lambda: TOLD in groups.log(0, 0, 0) and TOLD in groups.log(1, 0, 0), START, "groups that have met")
+    groups.wait(lambda: groups.reached(0) > 20, START, "some training")
+    for process in cluster.tasks(groups.nodes(0)[-1], SCRIPT.name):
+        process.kill()
+    groups.wait(lambda: "stands in from micro-batch" in groups.log(0, 0, 0), START, "a stand-in")
+    groups.wait(lambda: "stage 1 is back" in groups.log(0, 0, 0), END, "the rank that was killed")
+    for task in groups.tasks:
+        assert cluster.wait_for_end(task, END) == "COMPLETED"
+    assert groups.restarts() == [0] * GROUPS
+    assert max(groups.losses(0)) == max(groups.losses(1)) == ITERATIONS

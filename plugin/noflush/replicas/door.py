@@ -7,6 +7,7 @@ in either direction. All that travels are safetensors and JSON, so a peer cannot
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from noflush.replicas.transport import State, from_bytes, to_bytes
@@ -25,7 +27,7 @@ SILENT_S = 8.0
 """After which a line without them is closed: its process stands still, or its host is gone."""
 KNOCK_S = 5.0
 """In which a door is to answer."""
-_BEAT = "beat"
+_BEAT, _POLL_S = "beat", 0.005
 Received = Callable[[str, int, Sequence[Tensor], Sequence[int]], None]
 
 
@@ -75,6 +77,12 @@ class PeerLine:
         if not self._used:
             self._connection.close()
 
+    def flush(self, seconds: float) -> None:
+        """As `detour.Line`."""
+        deadline = time.monotonic() + seconds
+        while self._outgoing.unfinished_tasks and not self.closed and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
     def ask(self, question: dict[str, Any], seconds: float) -> State:
         """Sends a question and waits for its answer. Before `begin`.
 
@@ -103,7 +111,7 @@ class PeerLine:
                 if plain["kind"] != _BEAT:
                     found = [tensors[str(i)] for i in range(len(tensors))]
                     self._received(plain["kind"], plain["number"], found, plain["words"])
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError, KeyError, SafetensorError):
             self.end()
 
     def _write(self) -> None:
@@ -116,11 +124,18 @@ class PeerLine:
                 if item is None:
                     break
                 plain, tensors = item
-                self._connection.send_bytes(to_bytes(({str(i): t for i, t in enumerate(tensors)}, plain)))
+                self._connection.send_bytes(to_bytes((self._apart(tensors), plain)))
+                if plain["kind"] != _BEAT:
+                    self._outgoing.task_done()
         except OSError:
             pass
         self.end()
         self._shut()
+
+    @staticmethod
+    def _apart(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By number; safetensors takes no two of one storage."""
+        return {str(i): t.detach().cpu().clone() for i, t in enumerate(tensors)}
 
     def _watch(self) -> None:
         while not self._closed.wait(BEAT_S):
@@ -134,12 +149,9 @@ class PeerLine:
             held = socket.socket(fileno=self._connection.fileno())
         except (OSError, ValueError):
             return
-        try:
+        with contextlib.suppress(OSError):
             held.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        finally:
-            held.detach()
+        held.detach()
 
 
 def knock(door: str, question: dict[str, Any], seconds: float) -> tuple[PeerLine, State]:
@@ -183,6 +195,8 @@ class Door:
 
     def close(self) -> None:
         """Nobody is answered any more; lines stay."""
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)  # the thread that accepts would hold it open
         self._server.close()
 
     def _serve(self) -> None:
@@ -203,9 +217,9 @@ class Door:
                 return
             _, question = from_bytes(connection.recv_bytes())
             try:
+                if question["kind"] not in self.answers:
+                    raise Refused(f"nobody here answers {question['kind']!r}")
                 tensors, plain = self.answers[question["kind"]](question, line)
-            except KeyError as error:
-                tensors, plain = {}, {"refused": f"nobody here answers {error}"}
             except (Refused, OSError, ValueError) as error:
                 tensors, plain = {}, {"refused": str(error)}
             connection.send_bytes(to_bytes((tensors, plain)))
@@ -213,5 +227,5 @@ class Door:
                 line.begin()
             else:
                 connection.close()
-        except (EOFError, OSError, ValueError):
+        except (EOFError, OSError, ValueError, KeyError, SafetensorError):  # no question
             line.end()

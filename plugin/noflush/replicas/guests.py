@@ -40,8 +40,10 @@ class Session:
         wants: the first micro-batch whose forward the stage after has not had.
         phase: micro-batches m with m % K equal to this end a batch.
         inputs: of each micro-batch under way what came from above: tensors as they travel.
+        ready: micro-batches whose gradients have come from below.
         labels: of each micro-batch under way, where the lost stage is the last.
         losses: of the batch under way there, as the stage's `Work` keeps them.
+        ending: whether the stage after has gone; if it has sent all that is needed, the rest is done first.
     """
 
     key: str
@@ -50,8 +52,10 @@ class Session:
     wants: int = 0
     phase: int = 0
     inputs: dict[int, Sequence[Tensor]] = field(default_factory=dict)
+    ready: set[int] = field(default_factory=set)
     labels: dict[int, Any] = field(default_factory=dict)
     losses: Any = None
+    ending: bool = False
     over: bool = False
 
 
@@ -77,6 +81,7 @@ class Guests:
         self.served: deque[Served] = deque(maxlen=_KEPT)
         self.micro_batches = self.in_update = 0
         stage.guests_in_update = lambda: self.in_update
+        self._last = stage.stage == stage.schedule.stages - 1
 
     # ---- whom to serve -----------------------------------------------------------------------------------
 
@@ -87,8 +92,7 @@ class Guests:
         """
         stage = self._stage
         incoming, outgoing = stage.runner.specs
-        last = stage.stage == stage.schedule.stages - 1
-        if incoming is None or (outgoing is None and not last):
+        if incoming is None or (outgoing is None and not self._last):
             raise Refused("it has not begun to train")
         mine = {"stage": stage.stage, "gas": stage.schedule.gas, "spec": incoming.to_words()}
         other = next((name for name, value in mine.items() if question[name] != value), None)
@@ -99,11 +103,11 @@ class Guests:
             words = {"kind": "stand-in", "key": session.key, "stage": stage.stage, "first": question["first"]}
             below, (_, answer) = knock(question["below"], {**words, "spec": outgoing.to_words()}, KNOCK_S)
             session.below, session.wants = below, answer["wants"]
-            below.use(lambda *message: self._from_below(session, *message), lambda: self._end(session))
+            below.use(lambda *message: self._from_below(session, *message), lambda: self._below_gone(session))
         head, offset = question["head"], question["offset"]
 
         def from_above(kind: str, number: int, tensors: Sequence[Tensor], words: Sequence[int]) -> None:
-            if kind == ACTIVATION and last:
+            if kind == ACTIVATION and self._last:
                 try:
                     session.labels[number] = labels_of(head, number + offset, stage.device, KNOCK_S)
                 except (Refused, OSError) as why:
@@ -137,8 +141,24 @@ class Guests:
 
     def _put(self, session: Session, kind: str, number: int, tensors: Sequence[Tensor]) -> None:
         with self._lock:
-            if not session.over:
-                self._todo.append((session, kind, number, tensors))
+            if session.over:
+                return
+            if kind == ACTIVATION:
+                session.inputs[number] = tensors
+            else:
+                session.ready.add(number)
+            self._todo.append((session, kind, number, tensors))
+            hopeless = session.ending and kind == ACTIVATION
+        if hopeless:
+            self._end(session)
+
+    def _below_gone(self, session: Session) -> None:
+        """A pipeline that has come to its end parts from below: what has arrived is to be finished all the same."""
+        with self._lock:
+            session.ending = True
+            lost = any(number not in session.ready for number in session.inputs)
+        if lost or not session.inputs:
+            self._end(session)
 
     def _end(self, session: Session) -> None:
         with self._lock:
@@ -160,13 +180,19 @@ class Guests:
     # ---- work --------------------------------------------------------------------------------------------
 
     def after_compute(self, op: Op) -> None:
-        """After each of the stage's own forwards, backwards and updates: one guest's turn, but for updates."""
+        """After each of the stage's own forwards and backwards: one guest's turn."""
         self._own += 1
         if op is Op.UPDATE:
             self.in_update = 0
-            return
+        elif op is Op.BACKWARD or not self._last:  # at a last stage a guest's turn is forward and backward at once
+            self._serve_one()
+
+    def _serve_one(self) -> None:
         while (item := self._next()) is not None:
-            if self._do(*item):
+            worked, session = self._do(*item), item[0]
+            if session.ending and not session.inputs:
+                self._end(session)
+            if worked:
                 return
 
     def _next(self) -> tuple[Session, str, int, Sequence[Tensor]] | None:
@@ -184,11 +210,10 @@ class Guests:
             self._train(session, number, tensors)
             return True
         if kind == ACTIVATION:
-            session.inputs[number] = tensors
             if number >= session.wants:
                 self._forward(session, number, tensors)
             return number >= session.wants
-        self._backward(session, number, session.inputs.pop(number), tensors)
+        self._backward(session, number, session.inputs[number], tensors)
         return True
 
     def _forward(self, session: Session, number: int, arrived: Sequence[Tensor]) -> None:
@@ -233,6 +258,9 @@ class Guests:
         session.above.send(
             GRADIENT, number, stage.runner.coded_gradients(divmod(number, stage.schedule.gas), found, rest)
         )
+        with self._lock:
+            del session.inputs[number]
+            session.ready.discard(number)
         self.in_update += 1
         self.micro_batches += 1
         self._note("B", session, number)

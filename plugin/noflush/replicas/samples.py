@@ -25,16 +25,19 @@ class GroupSamples(Sampler[int]):
         seed: of the shuffling, the same at all groups; None: the data set's order.
         order: where this stage decides; else None.
         store: of the group, where others read what was decided; None where nobody does.
+        given: micro-batches that have been read before, by a process for which this one has come.
 
     Raises ValueError for a data set without a whole micro-batch.
     """
 
-    def __init__(self, count: int, micro_batch: int, seed: int | None, order: SharedOrder | None, store: Any) -> None:
+    def __init__(
+        self, count: int, micro_batch: int, seed: int | None, order: SharedOrder | None, store: Any, given: int = 0
+    ) -> None:
         if not 0 < micro_batch <= count:
             raise ValueError(f"{count} samples make no micro-batch of {micro_batch}")
         self._count, self._size, self._seed = count, micro_batch, seed
         self._order, self._store = order, store
-        self._given = 0
+        self._given = given
         self._epoch: tuple[int, Tensor] | None = None
 
     def __iter__(self) -> Iterator[int]:

@@ -45,8 +45,8 @@ class ReplicasConfig:
     """Seconds (1 to 3600) after which a round is given up, and a peer that is silent is taken for gone."""
 
     reroute: bool = False
-    """Whether, where a stage between the first and the last dies, its pipeline's micro-batches go through the same
-    stage of another group until it is back. Off, a stage takes its group with it. All groups must say the same."""
+    """Whether, where a stage but the first dies, its pipeline's micro-batches go through the same stage of another
+    group until it is back. Off, a stage takes its group with it. All groups must say the same."""
 
     name: str = ""
     """What the log calls this group; empty: its number in a SLURM array, else its process number."""
@@ -73,6 +73,11 @@ def faults_of_replicas(values: dict[str, Any], where: str) -> list[str]:
     ]
     if not 0 < config.fraction <= 1:
         faults.append(f"{where}.fraction is {config.fraction}: it must be above 0, and at most 1 (all weights at once)")
+    if config.reroute and config.mode == "sync":
+        faults.append(
+            f"{where}.reroute is true with mode 'sync': an update that waits for all groups cannot go on without a "
+            "stage; use mode 'async'"
+        )
     host, colon, port = config.meeting_place.rpartition(":")
     if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
         faults.append(

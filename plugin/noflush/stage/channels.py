@@ -261,6 +261,12 @@ class Neighbours:
         """Messages of all channels sent and not yet retired."""
         return sum(c.open_sends for c in (self.activations_out, self.gradients_out, self.control_out) if c)
 
+    def flush(self) -> None:
+        """Waits until what was sent on detours is on its way."""
+        for link in (self.above, self.below):
+            if link is not None:
+                link.flush()
+
     def warm_up(self) -> None:
         """Has every pair of ranks open its connections, which each may hold up the CPU: once, before training.
 

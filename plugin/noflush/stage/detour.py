@@ -41,8 +41,11 @@ class Line(Protocol):
     def send(self, kind: str, number: int, tensors: Sequence[Tensor] = (), words: Sequence[int] = ()) -> None:
         """Starts sending; the tensors must not be written until the message has been taken. Never raises."""
 
+    def flush(self, seconds: float) -> None:
+        """Waits until what was sent is on its way, for so long at most."""
+
     def close(self) -> None:
-        """Ends it."""
+        """Ends it, once what was sent is on its way."""
 
 
 class NoStandIn(RuntimeError):
@@ -129,6 +132,11 @@ class Link:
             self._changed.notify_all()
         for old in superseded:
             old.close()
+
+    def flush(self) -> None:
+        """Waits until what was sent is on its way: this process may be about to end."""
+        for _, line in list(self._lines):
+            line.flush(self.peer.timeout_s)
 
     def close(self) -> None:
         """Ends all lines."""

@@ -369,6 +369,7 @@ class Stage:
         """
         with self.recorder.outside_calls(), self.on_duty():
             self.runner.drain()
+            self.runner.neighbours.flush()
             if self.device.type == "cuda":
                 # A rank that ends takes with it what its neighbours have not received: nobody goes on before all have.
                 torch.cuda.synchronize()
