@@ -79,13 +79,13 @@ class Replay:
     ``will``: what that process said of itself last.
     """
 
-    def __init__(self, results, seeds, stages, calls, gas, make_optimizer, lost, will):
+    def __init__(self, results, seeds, stages, calls, gas, make_optimizer, lost, will, precision=FLOAT32):
         self.gas, self.stages, self.calls = gas, stages, calls
         self.data = [
             [batch for call in range(n) for batch in t.data(gas, seed=seed + 1000 * call)]
             for n, seed in zip(calls, seeds, strict=True)
         ]
-        self.make_optimizer = make_optimizer
+        self.make_optimizer, self.precision = make_optimizer, precision
         self.activations, self.gradients, self.sent, self.states = {}, {}, {}, {}
         self.losses = [{} for _ in calls]
         self.nodes = []
@@ -126,7 +126,7 @@ class Replay:
 
     def _node(self, group, key, stage, steps, exchanges=(), born_of=None, began=0):
         module = split_by_blocks(t.layers(gpt_of(self.stages)), self.stages)[stage]
-        of = SimulatedStage(module, self.make_optimizer, 1, FLOAT32, 1, ())
+        of = SimulatedStage(module, self.make_optimizer, 1, self.precision, 1, ())
         if hasattr(of.optimizer, "set_stage"):
             of.optimizer.set_stage(Place(stage, self.stages, self._lag(stage) / self.gas))
         return Node(group, key, stage, of, deque(steps), list(exchanges), born_of, began)

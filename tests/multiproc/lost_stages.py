@@ -15,7 +15,7 @@ from tests.multiproc.group_training import RATE, block, gpt_of
 
 def train_losing(
     rank, where, name, seed, stages, calls, gas=1, dies=None, dies_again=None, will=None, slow=0.02, optimizer=RATE,
-    more=None, extra=None, between=None,
+    more=None, extra=None, between=None, wire="model",
 ):  # fmt: skip
     """One rank of a group.
 
@@ -23,9 +23,8 @@ def train_losing(
     one that has come back. ``between``: called with engine and call after each; what it returns is kept.
     """
     loss_fn, losses = t.recording()
-    config = t.ds_config(
-        gas, optimizer, block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})}), **(more or {})
-    )
+    replicas = block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})})
+    config = t.ds_config(gas, optimizer, {**replicas, "wire": wire}, **(more or {}))
     engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
     engine.group.join()
     began, times, kept = engine.global_steps, [], []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from noflush.methods import DelayAwareMuon
+from noflush.simulated_stage import FLOAT32, Precision
 from tests.multiproc import training as t
 from tests.multiproc.group_training import nadamw
 from tests.multiproc.groups import lighthouse, run_groups
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.multiproc
 SEEDS, DIED = (1, 50), 12
 
 
-def lose(tmp_path, stages, lost, calls, gas=1, comes_back=None, make_optimizer=nadamw, **more):
+def lose(tmp_path, stages, lost, calls, gas=1, comes_back=None, make_optimizer=nadamw, precision=FLOAT32, **more):
     """Two groups, of which the first loses stage ``lost`` before call `DIED`; checked; their results."""
     will = tmp_path / "will"
     loser = {"name": "a", "seed": SEEDS[0], "dies": {lost: DIED}, "will": will, "calls": calls[0]}
@@ -31,7 +32,9 @@ def lose(tmp_path, stages, lost, calls, gas=1, comes_back=None, make_optimizer=n
     if comes_back is None:
         assert results[0][lost] == ()  # killed
     lost_one = (0, lost, DIED)
-    replay = Replay(results, SEEDS, stages, calls, gas, make_optimizer, lost_one, torch.load(will, weights_only=False))
+    replay = Replay(
+        results, SEEDS, stages, calls, gas, make_optimizer, lost_one, torch.load(will, weights_only=False), precision
+    )
     replay.run()
     for group, result in enumerate(results):
         assert result[0]["heard"] == {call + 1: replay.batch_loss(group, call) for call in range(calls[group])}
@@ -59,6 +62,7 @@ CASES = {
     "K=2": (3, 1, {"gas": 2}),
     "torch's AdamW": (3, 1, {"optimizer": t.ADAMW, "make_optimizer": t.adamw}),
     "look-ahead": (3, 1, {"optimizer": MUON, "make_optimizer": muon}),
+    "bf16": (3, 1, {"more": {"bf16": {"enabled": True}}, "precision": Precision(torch.bfloat16)}),
     "last, K=2": (3, 2, {"gas": 2}),
     "last of two": (2, 1, {}),
 }

@@ -152,3 +152,17 @@ def test_a_group_without_a_stage_neither_saves_nor_evaluates(tmp_path):
         assert not after[0]
         assert math.isnan(after[1])
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [1, 2])
+def test_links_that_code_what_they_carry(lost):
+    """Near what it is without: each link's forms are those of the stage that is lost."""
+    groups = [
+        {"name": "a", "seed": 1, "calls": 40, "dies": {lost: 12}, "expect_errors": True},
+        {"name": "b", "seed": 50, "calls": 120},
+    ]
+    plain, coded = (lose(3, groups, wire=wire)[0][0]["heard"] for wire in ("model", "int8"))
+    assert sorted(coded) == sorted(plain) == list(range(1, 41))
+    assert all(abs(coded[call] - plain[call]) < 0.05 for call in plain)
+    assert any(coded[call] != plain[call] for call in plain)
