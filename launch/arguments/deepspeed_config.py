@@ -88,11 +88,22 @@ def complete(
         _sum_in_float32(of, ds)
     _set_zero(of, ds, precision)
     set_optimizer(of, ds, optimizer, ranks)
+    grows = "--rampup-batch-size" if batch.rampup else "--step-batch-size-schedule" if batch.schedule else None
+    if grows and _reroutes(ds.get(BLOCK)):
+        of.faults.append(
+            f"{grows} with {BLOCK}.replicas.reroute in the DeepSpeed config: another group's stage may be serving "
+            "this one's micro-batches, so the batch size must stay; take one of the two out"
+        )
     if of.values["async_save"] and isinstance(ds.get(BLOCK), Mapping):
         ds[BLOCK] = {"async_save": True, **ds[BLOCK]}
     elif of.values["async_save"]:
         of.notes.append(f"--async-save: without effect where {BLOCK} is not in the DeepSpeed config")
     return ds
+
+
+def _reroutes(block: Any) -> bool:
+    replicas = block.get("replicas") if isinstance(block, Mapping) else None
+    return isinstance(replicas, Mapping) and replicas.get("reroute") is True
 
 
 def _agree(of: Found, ds: dict[str, Any], key: str, value: Any, option: str, name: str) -> None:

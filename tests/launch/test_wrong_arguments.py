@@ -352,6 +352,14 @@ def test_tied_embeddings_need_gradients_that_are_in_reach(places, tmp_path):
     assert "pass --untie-embeddings-and-output-weights, or set the schedule" in fault
 
 
+def test_a_batch_that_grows_and_another_groups_stage_do_not_go_together(places, tmp_path):
+    replicas = {"lighthouse": "127.0.0.1:29510", "reroute": True}
+    path = runs.write_config(tmp_path / "ds_config.json", {"async_pipeline": {"replicas": replicas}})
+    growing = command_line("--rampup-batch-size 4 4 100", places)
+    (fault,) = faults_of([*growing, "--deepspeed_config", str(path)])
+    assert fault.startswith("--rampup-batch-size with async_pipeline.replicas.reroute in the DeepSpeed config")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_wrong_deepspeed_config(name, places, tmp_path):
     config, message = CONFIGS[name]

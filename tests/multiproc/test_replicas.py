@@ -300,6 +300,15 @@ def build_refused(rank, where, optimizer, more, extra):
         pytest.param(
             2, t.ADAMW, {}, {"mode": "sync"}, "mode is 'sync' with AdamW and fp16 off", marks=pytest.mark.slow
         ),
+        (2, RATE, {"fp16": {"enabled": True}}, {"reroute": True}, "reroute is true with fp16"),
+        pytest.param(
+            2,
+            t.ADAMW,
+            BF16,
+            {"reroute": True},
+            "reroute is true with BF16_Optimizer around AdamW",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_groups_cannot_have_is_refused_before_training(ranks, optimizer, more, extra, said):

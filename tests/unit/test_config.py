@@ -24,6 +24,9 @@ TIED = RunFacts(stages=2, layers=4, tied_keys=("embed",))
 CLIENT = RunFacts(stages=4, layers=8, client_optimizer=True)
 
 
+LIGHTHOUSE = {"lighthouse": "127.0.0.1:29510"}
+
+
 def with_block(**block):
     return GOOD | {"async_pipeline": block}
 
@@ -118,6 +121,10 @@ WRONG = {
     "a rule by name alone": (with_block(optimizer="DelayAwareNAG"), CLIENT, "optimizer is 'DelayAwareNAG': input should be a valid dict"),
     "a rule with another key": (with_block(optimizer={"type": "DelayAwareNAG", "lr": 1}), CLIENT, "optimizer.lr is not a key"),
     "a rule that sets what the schedule sets": (with_block(optimizer={"type": "DelayAwareNAG", "params": {"lr": 1}}), CLIENT, "params.lr is set: learning rate"),
+    "detours of no truth": (with_block(replicas=LIGHTHOUSE | {"reroute": "yes"}), FACTS, "replicas.reroute is 'yes': input should be a valid bool"),
+    "detours in step": (with_block(replicas=LIGHTHOUSE | {"reroute": True, "mode": "sync"}), FACTS, "replicas.reroute is true with mode 'sync': .*; use mode 'async'"),
+    "detours with the flush": (with_block(schedule="1f1b_flush", replicas=LIGHTHOUSE | {"reroute": True}), FACTS, "reroute is true with schedule '1f1b_flush': .*; use '1f1b_no_flush'"),
+    "detours with a measured depth": (with_block(extra_in_flight="auto", replicas=LIGHTHOUSE | {"reroute": True}), FACTS, "reroute is true with extra_in_flight 'auto': .*; name a number"),
     "unknown kernel": (with_block(kernel="cuda"), FACTS, "kernel is 'cuda': input should be 'auto', 'triton', 'compile' or 'torch'"),
     "kernel for another's optimizer": (with_block(kernel="compile") | {"optimizer": {"type": "Adam"}}, FACTS, "'Adam' updates by itself"),
     "no skip allowed": (with_block(max_skipped_updates=0), FACTS, "max_skipped_updates is 0: it must be from 1 to"),
