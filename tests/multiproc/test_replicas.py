@@ -32,6 +32,7 @@ pytestmark = pytest.mark.multiproc
 
 MUON = {"type": "DelayAwareMuon", "params": {"lr": 3e-3, "look_ahead": 0.5}}
 BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 
 
 def muon(params):
@@ -300,7 +301,7 @@ def build_refused(rank, where, optimizer, more, extra):
         pytest.param(
             2, t.ADAMW, {}, {"mode": "sync"}, "mode is 'sync' with AdamW and fp16 off", marks=pytest.mark.slow
         ),
-        (2, RATE, {"fp16": {"enabled": True}}, {"reroute": True}, "reroute is true with fp16"),
+        (2, RATE, FP16, {"reroute": True}, "reroute is true with fp16"),
         pytest.param(
             2,
             t.ADAMW,
