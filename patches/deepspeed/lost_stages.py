@@ -122,6 +122,7 @@ class LostStages:
             return EmptyPlace(make, averager.words_of_lost)
 
         rerouting.offers, rerouting.open_place = averager.offers, open_place
+        rerouting.trained = lambda: averager.trained
         rerouting.lost = lambda lost: self._store.set(_LOST, str(lost))
         averager.doors, averager.round_begun = self._doors, rerouting.begin_round
         gas = engine.pipeline_stage.schedule.gas
@@ -130,7 +131,6 @@ class LostStages:
     def come_back(self) -> None:
         """Goes on as the stage that this group has lost; before training. Raises ConnectionError."""
         from noflush.replicas.come_back import ComeBack
-        from noflush.replicas.rounds import Round
         from noflush.replicas.state import put
         from noflush.replicas.true_weights import TrueWeights
 
@@ -143,8 +143,7 @@ class LostStages:
         engine.global_samples = engine.global_steps * engine.train_batch_size()
         self._group.begin_averaging()
         self._group.averager.born(found)
-        self._group.averager.begin(Round(0, (), None))
-        self._group.averager.due_at_once()
+        self._group.averager.come_back(coming.trained)
 
     def micro_batches_given(self) -> int:
         """How many of the group's micro-batches its first stage had drawn before those that this process reads."""

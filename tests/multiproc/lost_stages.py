@@ -15,14 +15,22 @@ from tests.multiproc.group_training import RATE, block, gpt_of
 
 def train_losing(
     rank, where, name, seed, stages, calls, gas=1, dies=None, dies_again=None, will=None, slow=0.02, optimizer=RATE,
-    more=None, extra=None, between=None, wire="model",
+    more=None, extra=None, between=None, wire="model", dies_after=None,
 ):  # fmt: skip
     """One rank of a group.
 
     ``dies``: the call before which this rank's process is killed, by rank, leaving ``will``; ``dies_again``: that of
-    one that has come back. ``between``: called with engine and call after each; what it returns is kept.
+    one that has come back; ``dies_after``: the last stage dies after as many micro-batches. ``between``: called with
+    engine and call after each; what it returns is kept.
     """
-    loss_fn, losses = t.recording()
+    recorded, losses = t.recording()
+
+    def loss_fn(outputs, labels):
+        if dies_after is not None and len(losses) == dies_after and not is_alone():
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return recorded(outputs, labels)
+
     replicas = block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})})
     config = t.ds_config(gas, optimizer, {**replicas, "wire": wire}, **(more or {}))
     engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)

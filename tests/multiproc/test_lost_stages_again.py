@@ -166,3 +166,44 @@ def test_links_that_code_what_they_carry(lost):
     assert sorted(coded) == sorted(plain) == list(range(1, 41))
     assert all(abs(coded[call] - plain[call]) < 0.05 for call in plain)
     assert any(coded[call] != plain[call] for call in plain)
+
+
+@pytest.mark.parametrize(("stages", "lost"), [(4, (1, 2)), pytest.param(5, (3, 1), marks=pytest.mark.slow)])
+def test_two_groups_that_each_need_the_other(tmp_path, stages, lost):
+    """Each serves while it waits for what the other serves: nobody's turn may wait for its own.
+
+    Whoever has made its last call serves no more, so the other may not get to its end.
+    """
+    groups = [
+        {"name": name, "seed": seed, "calls": 80, "dies": {stage: call}, "expect_errors": True,
+         "between": Progress(tmp_path, name)}
+        for name, seed, stage, call in (("a", 1, lost[0], 12), ("b", 50, lost[1], 16))
+    ]  # fmt: skip
+    lose(stages, groups)
+    for name, gone in zip("ab", lost, strict=True):
+        reached = {rank: int((tmp_path / f"{name}{rank}").read_text()) for rank in range(stages)}
+        assert reached.pop(gone) < 20
+        assert min(reached.values()) > 60, (name, reached)
+
+
+class Progress:
+    """Leaves in a file of each rank how many calls it has made."""
+
+    def __init__(self, folder, name):
+        self.folder, self.name = folder, name
+
+    def __call__(self, engine, call):
+        (self.folder / f"{self.name}{engine.global_rank}").write_text(str(call + 1))
+
+
+@pytest.mark.slow
+def test_a_last_stage_that_dies_within_a_batch():
+    """Of the batch's loss the half is known that was computed by who stands in: its mean is told, not half of it."""
+    groups = [
+        {"name": "a", "seed": 1, "calls": 30, "dies_after": 50, "expect_errors": True},
+        {"name": "b", "seed": 50, "calls": 80},
+    ]
+    a, _ = lose(3, groups, gas=4)
+    whole(a, 30)
+    heard = a[0]["heard"]
+    assert abs(heard[13] - (heard[12] + heard[14]) / 2) < 0.3

@@ -362,3 +362,75 @@ def test_control_goes_again_too():
     link.add_line(5, again)
     assert again.sent == [(CONTROL, 5, [3])]
     assert line.closed is False
+
+
+def test_a_message_that_takes_longer_than_silence_may_is_no_silence(monkeypatch):
+    """A long one on a slow link."""
+    import socket
+    import struct
+
+    from noflush.replicas.transport import to_bytes
+
+    monkeypatch.setattr(doors, "SILENT_S", 2.0)
+    monkeypatch.setattr(doors, "BEAT_S", 0.2)
+    mine, its = socket.socketpair()
+    got, over = threading.Event(), threading.Event()
+    line = PeerLine(mine)
+    line.use(lambda *message: got.set(), over.set)
+    line.begin()
+    data = to_bytes(({"0": torch.zeros(4000)}, {"kind": "x", "number": 0, "words": []}))
+    its.sendall(struct.pack("<Q", len(data)))
+    for at in range(0, len(data), 1000):
+        its.sendall(data[at : at + 1000])
+        time.sleep(0.25)
+    assert got.wait(5)
+    assert not over.is_set()
+    assert over.wait(10)  # and now it is silent
+    its.close()
+
+
+def test_a_line_that_fails_takes_no_other_with_it():
+    """Who stands in fails while the stage itself is back: from there on it stays."""
+    link, inbox, outbox = below()
+    stand_in, back, again = Recording(), Recording(), Recording()
+    lines = iter([("b", stand_in), ("c", again)])
+    link.find = lambda first, refused: next(lines)
+    for number in range(4):
+        outbox.send(number, [value(number)])
+        inbox.post([TensorSpec((1,), torch.float32, False)])
+    threading.Timer(0.2, lambda: link.bring(GRADIENT, 0, [value(0)], [])).start()
+    inbox.take(0)
+    link.hand_over(4, back)
+    outbox.send(4, [value(4)])
+    stand_in.closed = True
+    threading.Timer(0.5, lambda: link.bring(GRADIENT, 1, [value(1)], [])).start()
+    inbox.take(1)
+    assert [number for _, number, _ in again.sent] == [1, 2, 3]
+    assert [number for _, number, _ in back.sent] == [4]
+    assert not back.ended
+
+
+def test_labels_of_any_shape_arrive_as_they_were():
+    from noflush.replicas.labels import KeptLabels, labels_of
+
+    class OneStage:
+        stage = 0
+
+        class schedule:
+            @staticmethod
+            def in_flight(stage):
+                return 2
+
+    stage = OneStage()
+    kept = KeptLabels(stage)
+    door = Door("127.0.0.1")
+    door.answers["labels"] = kept.answer
+    every = [torch.ones(2), (torch.zeros(1), torch.ones(1).bool()), {"mask": torch.ones(2), "of": 3}, None]
+    for number, labels in enumerate(every):
+        stage.batch_read(number, (None, labels))
+        found = labels_of(door.address, number, CPU, 5)
+        assert str(found) == str(labels)
+    stage.batch_read(9, (torch.ones(1),))  # a stage that reads inputs alone
+    with pytest.raises(Refused, match="micro-batch 0 is not in flight"):
+        labels_of(door.address, 0, CPU, 5)
+    door.close()

@@ -150,8 +150,13 @@ class Averager:
         self._started, self._started_s = self._stage.ring.newest, time.monotonic()
         self._counted = self._contributed
 
-    def due_at_once(self) -> None:
-        """The next round begins with the next update: the group's other stages may be waiting."""
+    def come_back(self, trained: int) -> None:
+        """Begins as one that its group has lost, and that has trained on ``trained`` samples.
+
+        The first round begins with the next update: the group's other stages may be waiting.
+        """
+        self._trained = trained
+        self.begin(Round(0, ({"key": self._key, "trained": trained},), None))
         self._started -= self._config.average_every
 
     # ---- training ----------------------------------------------------------------------------------------
@@ -214,6 +219,11 @@ class Averager:
     def offers(self) -> list[Offer]:
         """The other groups as of the newest round that they took part in, for the stages of one that loses its own."""
         return [Offer(key, tuple(one["doors"]), one["rate"]) for key, one in self._others.items() if "doors" in one]
+
+    @property
+    def trained(self) -> int:
+        """Samples that this group has trained on."""
+        return self._trained
 
     def words_of_lost(self) -> dict[str, Any]:
         """What is told in the name of a stage that is lost: of no samples, and where the schedule stands."""

@@ -66,12 +66,15 @@ class ComeBack:
         key: of its group.
         doors: where the group's stages are asked.
         patience_s: how long it tries.
+
+    Attributes:
+        trained: samples that the group has trained on, once the stage has begun.
     """
 
     def __init__(self, stage: Stage, key: str, doors: Sequence[str], patience_s: float) -> None:
         self._stage, self._key, self._doors, self._patience_s = stage, key, doors, patience_s
         self._expected, self._begun = threading.Event(), threading.Event()
-        self._first = self._calls = 0
+        self._first = self._calls = self.trained = 0
         self._line: PeerLine | None = None
 
     def ask(self) -> State:
@@ -85,6 +88,10 @@ class ComeBack:
             try:
                 return self._ask(question)
             except (Refused, OSError) as why:
+                if self._line is not None:
+                    self._line.close()  # else this stage would be expected still
+                    self._line = None
+                self._expected.clear()
                 if time.monotonic() > deadline:
                     raise ConnectionError(
                         f"stage {self._stage.stage} could not come back to its group in {self._patience_s:g} s: {why}"
@@ -100,7 +107,7 @@ class ComeBack:
             if kind == COME:
                 self._expected.set()
             elif kind == BEGIN:
-                self._first, self._calls = number, words[0]
+                self._first, (self._calls, self.trained) = number, words
                 above.expect(number)
                 self._begun.set()
             else:
@@ -110,7 +117,6 @@ class ComeBack:
         line.begin()
         self._line = line
         if not self._expected.wait(self._patience_s):
-            line.close()
             raise TimeoutError(f"the stage before made no call in {self._patience_s:g} s")
         return knock(words["stand-in"], {"kind": "state"}, self._patience_s)[1]
 

@@ -1,8 +1,7 @@
 """Where a stage is reached by those of other groups, and the connections that come of it.
 
 A connection begins with a question and its answer; after that, where both ends want it, messages of training go by it
-in either direction. All that travels are safetensors and JSON, so a peer cannot run code here. The framing is
-`multiprocessing.connection`'s, of bytes alone.
+in either direction. A message is its length, and safetensors with JSON: a peer cannot run code here.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import queue
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,11 +22,11 @@ from noflush.replicas.transport import State, from_bytes, to_bytes
 
 BEAT_S = 1.0
 """Between two signs of life of a line on which nothing else goes."""
-SILENT_S = 8.0
-"""After which a line without them is closed: its process stands still, or its host is gone."""
+SILENT_S = 20.0
+"""In which a line on which nothing at all arrives is closed: its process stands still, or its host is gone."""
 KNOCK_S = 5.0
 """In which a door is to answer."""
-_BEAT, _POLL_S = "beat", 0.005
+_BEAT, _POLL_S, _PART, _MOST = "beat", 0.005, 1 << 20, 1 << 40
 Received = Callable[[str, int, Sequence[Tensor], Sequence[int]], None]
 
 
@@ -38,7 +37,7 @@ class Refused(RuntimeError):
 class PeerLine:
     """One connection. What is sent goes in order, by a thread of its own, once the line has begun."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._outgoing: queue.Queue[tuple[dict[str, Any], Sequence[Tensor]] | None] = queue.Queue()
         self._received: Received = lambda kind, number, tensors, words: None
@@ -88,13 +87,39 @@ class PeerLine:
 
         Raises Refused, or OSError where there is none.
         """
-        self._connection.send_bytes(to_bytes(({}, question)))
-        if not self._connection.poll(seconds):
-            raise TimeoutError(f"no answer in {seconds:g} s")
-        tensors, plain = from_bytes(self._connection.recv_bytes())
+        self._connection.settimeout(seconds)
+        try:
+            self.put(({}, question))
+            tensors, plain = self.get()
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise OSError(f"an answer that is none: {error}") from error
+        self._connection.settimeout(None)
         if "refused" in plain:
             raise Refused(plain["refused"])
         return tensors, plain
+
+    def put(self, state: State) -> None:
+        """Sends it. Raises OSError."""
+        data = to_bytes(state)
+        self._connection.sendall(struct.pack("<Q", len(data)))
+        self._connection.sendall(data)
+
+    def get(self) -> State:
+        """What comes next. Raises OSError; ValueError or safetensors' error for what is no message."""
+        (length,) = struct.unpack("<Q", self._read_bytes(8))
+        if length > _MOST:
+            raise ValueError(f"a message of {length} bytes")
+        return from_bytes(self._read_bytes(length))
+
+    def _read_bytes(self, length: int) -> bytes:
+        found = bytearray()
+        while len(found) < length:
+            part = self._connection.recv(min(length - len(found), _PART))
+            if not part:
+                raise ConnectionError("the other end has closed the connection")
+            self._heard = time.monotonic()  # on a slow link one message may take long
+            found += part
+        return bytes(found)
 
     def end(self) -> None:
         """At once."""
@@ -106,12 +131,11 @@ class PeerLine:
     def _read(self) -> None:
         try:
             while True:
-                tensors, plain = from_bytes(self._connection.recv_bytes())
-                self._heard = time.monotonic()
+                tensors, plain = self.get()
                 if plain["kind"] != _BEAT:
                     found = [tensors[str(i)] for i in range(len(tensors))]
                     self._received(plain["kind"], plain["number"], found, plain["words"])
-        except (EOFError, OSError, ValueError, KeyError, SafetensorError):
+        except (OSError, ValueError, KeyError, SafetensorError):
             self.end()
 
     def _write(self) -> None:
@@ -124,7 +148,7 @@ class PeerLine:
                 if item is None:
                     break
                 plain, tensors = item
-                self._connection.send_bytes(to_bytes((self._apart(tensors), plain)))
+                self.put((self._apart(tensors), plain))
                 if plain["kind"] != _BEAT:
                     self._outgoing.task_done()
         except OSError:
@@ -145,13 +169,8 @@ class PeerLine:
 
     def _shut(self) -> None:
         """Has a thread that is reading or writing come back; closing alone would leave it there."""
-        try:
-            held = socket.socket(fileno=self._connection.fileno())
-        except (OSError, ValueError):
-            return
         with contextlib.suppress(OSError):
-            held.shutdown(socket.SHUT_RDWR)
-        held.detach()
+            self._connection.shutdown(socket.SHUT_RDWR)
 
 
 def knock(door: str, question: dict[str, Any], seconds: float) -> tuple[PeerLine, State]:
@@ -160,10 +179,8 @@ def knock(door: str, question: dict[str, Any], seconds: float) -> tuple[PeerLine
     Raises OSError where nobody answers in ``seconds``, Refused where the answer is no.
     """
     host, _, port = door.rpartition(":")
-    open_socket = socket.create_connection((host, int(port)), timeout=seconds)
-    open_socket.settimeout(None)
-    open_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection = Connection(open_socket.detach())
+    connection = socket.create_connection((host, int(port)), timeout=seconds)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     line = PeerLine(connection)
     try:
         return line, line.ask(question, seconds)
@@ -205,27 +222,26 @@ class Door:
                 came, _ = self._server.accept()
             except OSError:
                 return
-            came.settimeout(None)
             came.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = Connection(came.detach())
-            threading.Thread(target=self._answer, args=(connection,), daemon=True, name="noflush: asked").start()
+            threading.Thread(target=self._answer, args=(came,), daemon=True, name="noflush: asked").start()
 
-    def _answer(self, connection: Connection) -> None:
+    def _answer(self, connection: socket.socket) -> None:
         line = PeerLine(connection)
+        connection.settimeout(SILENT_S)
         try:
-            if not connection.poll(SILENT_S):
-                return
-            _, question = from_bytes(connection.recv_bytes())
+            _, question = line.get()
             try:
                 if question["kind"] not in self.answers:
                     raise Refused(f"nobody here answers {question['kind']!r}")
                 tensors, plain = self.answers[question["kind"]](question, line)
-            except (Refused, OSError, ValueError) as error:
-                tensors, plain = {}, {"refused": str(error)}
-            connection.send_bytes(to_bytes((tensors, plain)))
-            if line.used:
+            except Exception as error:  # whatever it is, who asks shall not wait for it
+                tensors, plain = {}, {"refused": str(error) or type(error).__name__}
+            line.put((tensors, plain))
+            connection.settimeout(None)
+            if line.used and "refused" not in plain:
                 line.begin()
             else:
                 connection.close()
-        except (EOFError, OSError, ValueError, KeyError, SafetensorError):  # no question
+        except (OSError, ValueError, KeyError, SafetensorError):  # no question
             line.end()
+            connection.close()

@@ -12,6 +12,8 @@ from typing import Any
 
 from noflush.replicas.rounds import RunsRounds
 
+_AGAIN_S = 1.0
+
 
 class EmptyPlace:
     """Of one lost stage.
@@ -25,29 +27,37 @@ class EmptyPlace:
         self._make, self._words = make_rounds, words
         self._rounds: RunsRounds | None = None
         self._under_way = False
+        self._over = threading.Event()
         # It meets the group's manager, for which training does not wait.
         threading.Thread(target=self._open, daemon=True, name="noflush: a lost stage's place").start()
 
     def _open(self) -> None:
-        rounds = self._make()
-        rounds.settle(living=True, resumed=True)
-        self._rounds = rounds
+        while not self._over.is_set():
+            try:
+                rounds = self._make()
+            except Exception:  # whatever it is: it may be away for a moment
+                self._over.wait(_AGAIN_S)
+                continue
+            rounds.settle(living=True, resumed=True)
+            self._rounds = rounds
+            break
+        self._over.wait()
+        if self._rounds is not None:
+            self._rounds.close()
 
     @property
     def idle(self) -> bool:
         """Whether no round is under way, so that the stage itself may take its place again."""
         if self._rounds is not None and self._under_way and self._rounds.poll() is not None:
             self._under_way = False
-        return self._rounds is not None and not self._under_way
+        return not self._under_way
 
     def start(self) -> None:
         """Takes part in the round that the group's other stages begin, unless one is under way still."""
-        if self.idle:
-            assert self._rounds is not None
+        if self._rounds is not None and self.idle:
             self._rounds.start(0, self._words(), None)
             self._under_way = True
 
     def close(self) -> None:
         """Gives the place up; idle."""
-        if self._rounds is not None:
-            threading.Thread(target=self._rounds.close, daemon=True, name="noflush: a place given up").start()
+        self._over.set()

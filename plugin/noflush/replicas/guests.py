@@ -9,6 +9,7 @@ which then takes the mean over its own micro-batches and them.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,9 +24,12 @@ from noflush.order.detours import Served
 from noflush.replicas.door import KNOCK_S, PeerLine, Refused, knock
 from noflush.replicas.labels import labels_of
 from noflush.replicas.transport import State
-from noflush.stage.detour import ACTIVATION, CONTROL, GRADIENT
+from noflush.stage.channels import as_wire
+from noflush.stage.detour import ACTIVATION, CONTROL, GRADIENT, as_model
+from noflush.stage.meanwhile import Meanwhile
 from noflush.stage.stage import Stage
 
+logger = logging.getLogger("noflush")
 _KEPT = 10_000
 
 
@@ -42,7 +46,8 @@ class Session:
         inputs: of each micro-batch under way what came from above: tensors as they travel.
         ready: micro-batches whose gradients have come from below.
         labels: of each micro-batch under way, where the lost stage is the last.
-        losses: of the batch under way there, as the stage's `Work` keeps them.
+        losses: of the batch under way there, as the stage's `Work` keeps them; ``counted``: of how many micro-batches.
+        random: what forwards drew from, for the backwards to draw the same.
         ending: whether the stage after has gone; if it has sent all that is needed, the rest is done first.
     """
 
@@ -55,6 +60,8 @@ class Session:
     ready: set[int] = field(default_factory=set)
     labels: dict[int, Any] = field(default_factory=dict)
     losses: Any = None
+    counted: int = 0
+    random: dict[int, Any] = field(default_factory=dict)
     ending: bool = False
     over: bool = False
 
@@ -69,18 +76,19 @@ class Guests:
     Attributes:
         served: the newest 10 000 pieces of work.
         micro_batches: guests whose gradients went into updates here.
-        in_update: those of the update under way.
     """
 
     def __init__(self, stage: Stage, say: Callable[[str], None]) -> None:
         self._stage, self._say = stage, say
         self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
         self._todo: deque[tuple[Session, str, int, Sequence[Tensor]]] = deque()
         self._sessions: list[Session] = []
         self._own = 0
         self.served: deque[Served] = deque(maxlen=_KEPT)
-        self.micro_batches = self.in_update = 0
-        stage.guests_in_update = lambda: self.in_update
+        self.micro_batches = 0
+        assert stage.runner.neighbours.attention is not None
+        stage.runner.neighbours.attention.wait = Meanwhile(self._work_until, self._wake).wait
         self._last = stage.stage == stage.schedule.stages - 1
 
     # ---- whom to serve -----------------------------------------------------------------------------------
@@ -148,6 +156,7 @@ class Guests:
             else:
                 session.ready.add(number)
             self._todo.append((session, kind, number, tensors))
+            self._news.notify_all()
             hopeless = session.ending and kind == ACTIVATION
         if hopeless:
             self._end(session)
@@ -182,27 +191,53 @@ class Guests:
     def after_compute(self, op: Op) -> None:
         """After each of the stage's own forwards and backwards: one guest's turn."""
         self._own += 1
-        if op is Op.UPDATE:
-            self.in_update = 0
-        elif op is Op.BACKWARD or not self._last:  # at a last stage a guest's turn is forward and backward at once
+        if op is Op.BACKWARD or (op is Op.FORWARD and not self._last):  # a last stage's turn is both at once
             self._serve_one()
 
-    def _serve_one(self) -> None:
+    def _work_until(self, over: Callable[[], bool]) -> None:
+        """While the stage waits for something of its own, which may depend on just this work."""
+        while not over():
+            if not self._serve_one():
+                with self._news:
+                    if not over() and self._ready() is None:
+                        self._news.wait(1.0)
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _serve_one(self) -> bool:
+        """One piece of work; whether there was any."""
         while (item := self._next()) is not None:
-            worked, session = self._do(*item), item[0]
+            session = item[0]
+            try:
+                worked = self._do(*item)
+            except Exception as error:  # a guest's harm is its own
+                logger.exception("groups: serving %s failed", session.key)
+                self._say(f"groups: serving {session.key.rpartition('/')[0]} failed: {type(error).__name__}: {error}")
+                self._end(session)
+                return True
             if session.ending and not session.inputs:
                 self._end(session)
             if worked:
-                return
+                return True
+        return False
 
     def _next(self) -> tuple[Session, str, int, Sequence[Tensor]] | None:
         with self._lock:
-            # A gradient may come before what it is of: its activation went both ways round the lost stage.
-            for at, item in enumerate(self._todo):
-                if item[1] == ACTIVATION or item[2] in item[0].inputs:
-                    del self._todo[at]
-                    return item
-        return None
+            at = self._ready()
+            if at is None:
+                return None
+            item = self._todo[at]
+            del self._todo[at]
+            return item
+
+    def _ready(self) -> int | None:
+        """Which piece of work can be done; with the lock."""
+        # A gradient may come before what it is of: its activation went both ways round the lost stage.
+        return next(
+            (i for i, item in enumerate(self._todo) if item[1] == ACTIVATION or item[2] in item[0].inputs), None
+        )
 
     def _do(self, session: Session, kind: str, number: int, tensors: Sequence[Tensor]) -> bool:
         """Whether it was any work."""
@@ -219,10 +254,12 @@ class Guests:
     def _forward(self, session: Session, number: int, arrived: Sequence[Tensor]) -> None:
         begun = self._stage.recorder.begin(Op.FORWARD)
         with self._stage.work.replaying(), torch.no_grad():
-            outputs = self._run(session, number, arrived)
+            torch.manual_seed(_seed(session.key, number))
+            session.random[number] = self._stage.work.random_state()
+            outputs = self._run(arrived)
             coded = self._stage.runner.coded(divmod(number, self._stage.schedule.gas), outputs)
         assert session.below is not None
-        session.below.send(ACTIVATION, number, [*coded, *arrived[self._inputs :]])
+        session.below.send(ACTIVATION, number, [*map(_on_wire, coded), *arrived[self._inputs :]])
         self._note("F", session, number)
         self._stage.recorder.end(Op.FORWARD, number, begun)
 
@@ -230,8 +267,12 @@ class Guests:
         stage, runner = self._stage, self._stage.runner
         begun = stage.recorder.begin(Op.BACKWARD)
         with stage.work.replaying():
-            self._run(session, number, arrived)
-            gradients, rest = runner.received_gradients([t.to(stage.device) for t in coming])
+            if number in session.random:
+                stage.work.set_random_state(session.random.pop(number))
+            self._run(arrived)
+            specs = runner.gradient_specs()
+            came = [as_model(t, spec).to(stage.device) for t, spec in zip(coming, specs, strict=False)]
+            gradients, rest = runner.received_gradients([*came, *coming[len(came) :]])
             stage.work.backward(self._buffer, gradients)
             self._send_back(session, number, list(rest))
         stage.recorder.end(Op.BACKWARD, number, begun)
@@ -241,38 +282,44 @@ class Guests:
         stage = self._stage
         begun = stage.recorder.begin(Op.BACKWARD)
         own = stage.work.take_losses()
-        stage.work.put_losses(session.losses)
-        with stage.work.replaying():
-            self._run(session, number, arrived, (None, session.labels.pop(number)))
-            stage.work.backward(self._buffer, None)
-            ends = number % stage.schedule.gas == session.phase
-            report = [stage.reports.first(stage.work.batch_losses(), 1.0)] if ends else []
-            self._send_back(session, number, report)
-        session.losses = stage.work.take_losses()
-        stage.work.put_losses(own)
+        try:
+            stage.work.put_losses(session.losses)
+            with stage.work.replaying():
+                torch.manual_seed(_seed(session.key, number))
+                self._run(arrived, (None, session.labels.pop(number)))
+                stage.work.backward(self._buffer, None)
+                session.counted += 1
+                report = []
+                if number % stage.schedule.gas == session.phase:
+                    # Of a batch that was begun elsewhere only these are known: their mean.
+                    losses = stage.work.batch_losses() * (stage.schedule.gas / session.counted)
+                    report, session.counted = [stage.reports.first(losses, 1.0)], 0
+                self._send_back(session, number, report)
+            session.losses = stage.work.take_losses()
+        finally:
+            stage.work.put_losses(own)
         stage.recorder.end(Op.BACKWARD, number, begun)
 
     def _send_back(self, session: Session, number: int, rest: list[Tensor]) -> None:
         stage = self._stage
         found = stage.work.input_gradients(self._buffer)
-        session.above.send(
-            GRADIENT, number, stage.runner.coded_gradients(divmod(number, stage.schedule.gas), found, rest)
-        )
+        gradients = stage.runner.coded_gradients(divmod(number, stage.schedule.gas), found, rest)
+        session.above.send(GRADIENT, number, [_on_wire(t) for t in gradients])
         with self._lock:
             del session.inputs[number]
             session.ready.discard(number)
-        self.in_update += 1
+        stage.guests += 1
         self.micro_batches += 1
         self._note("B", session, number)
 
-    def _run(self, session: Session, number: int, arrived: Sequence[Tensor], batch: Any = None) -> Any:
-        """Forward, drawing what the micro-batch's other forward draws."""
+    def _run(self, arrived: Sequence[Tensor], batch: Any = None) -> Any:
+        """Forward with the newest weights."""
         stage = self._stage
         stage.ring.bind_newest()
         stage.work.reserve(self._buffer + 1)
-        torch.manual_seed(_seed(session.key, number))
-        received = stage.runner.received([t.to(stage.device) for t in arrived[: self._inputs]])
-        return stage.work.forward(self._buffer, received, batch)
+        specs = stage.runner.activation_specs()
+        inputs = [as_model(t, spec).to(stage.device) for t, spec in zip(arrived, specs, strict=False)]
+        return stage.work.forward(self._buffer, stage.runner.received(inputs), batch)
 
     @property
     def _buffer(self) -> int:
@@ -288,6 +335,10 @@ class Guests:
 
     def _note(self, kind: str, session: Session, number: int) -> None:
         self.served.append(Served(kind, session.key, number, self._own))
+
+
+def _on_wire(tensor: Tensor) -> Tensor:
+    return as_wire(tensor.detach().resolve_conj().resolve_neg().contiguous())
 
 
 def _seed(key: str, number: int) -> int:

@@ -22,6 +22,7 @@ from noflush.replicas.empty_place import EmptyPlace
 from noflush.replicas.guests import Guests
 from noflush.replicas.labels import KeptLabels
 from noflush.replicas.transport import State
+from noflush.stage.alone import is_alone
 from noflush.stage.detour import Line, NoStandIn
 from noflush.stage.messages import PayloadSpec
 from noflush.stage.stage import Stage
@@ -45,7 +46,8 @@ class Rerouting:
         guests: whom this stage serves.
         offers: gives the groups that may stand in.
         open_place: makes the `EmptyPlace` of a stage.
-        lost: called with the number of a stage that is lost, once.
+        lost: called with the number of a stage that is lost.
+        trained: gives the samples that the group has trained on.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Rerouting:
         self.offers: Callable[[], Sequence[Offer]] = lambda: ()
         self.open_place: Callable[[int], EmptyPlace] | None = None
         self.lost: Callable[[int], None] = lambda number: None
+        self.trained: Callable[[], int] = lambda: 0
         self._place: EmptyPlace | None = None
         self._stand_in: Offer | None = None
         self._coming: PeerLine | None = None
@@ -69,7 +72,7 @@ class Rerouting:
         door.answers.update(guest=self.guests.answer, state=self._give_state)
         door.answers["stand-in"] = self._accept
         door.answers["come back"] = self._welcome
-        door.answers["alive"] = lambda question, line: ({}, {})
+        door.answers["alive"] = self._alive
         if stage.stage == 0:
             door.answers["labels"] = KeptLabels(stage).answer
         if (below := stage.runner.neighbours.below) is not None:
@@ -176,7 +179,7 @@ class Rerouting:
         self._coming = self._expected = self._came_back = self._stand_in = None
         below, first = self._stage.runner.neighbours.below, self._stage.runner.next_message
         assert below is not None
-        line.send(BEGIN, first, words=[self._stage.calls])
+        line.send(BEGIN, first, words=[self._stage.calls, self.trained()])
         below.hand_over(first, line)
         self._say(f"groups: stage {self._stage.stage + 1} is back, from micro-batch {first} on")
 
@@ -203,11 +206,25 @@ class Rerouting:
 
     def _is_found(self) -> bool:
         """As `LinkAbove.is_found`."""
+        stage, doors = self._stage.stage, None
+        if is_alone() or stage < 2:  # nobody stands in for what is above; or this one was replaced again
+            return False
         try:
-            knock(self._doors()[self._stage.stage - 2], {"kind": "alive"}, KNOCK_S)[0].close()
+            doors = self._doors()
+            # The stage before may be alive, and have found somebody for this one: its connection broke, not it.
+            if knock(doors[stage - 1], {"kind": "alive"}, KNOCK_S)[1][1]["replaced"] == stage:
+                return False
         except (Refused, OSError, RuntimeError):  # the group's store ends with its first stage
+            if doors is None:
+                return False
+        try:
+            knock(doors[stage - 2], {"kind": "alive"}, KNOCK_S)[0].close()
+        except (Refused, OSError):
             return False
         return True
+
+    def _alive(self, question: dict[str, Any], line: PeerLine) -> State:
+        return {}, {"replaced": None if self._stand_in is None else self._stage.stage + 1}
 
     # ---- a stage of another group is to have this one's state ---------------------------------------------------
 
@@ -216,8 +233,9 @@ class Rerouting:
         self._asked.set()
         if not self._given.wait(self._patience_s):
             raise Refused(f"no update was made here in {self._patience_s:g} s, after which it was to be given")
-        assert self._held is not None
-        return self._held
+        held, self._held = self._held, None
+        assert held is not None
+        return held
 
     def _after_compute(self, op: Op) -> None:
         self.guests.after_compute(op)

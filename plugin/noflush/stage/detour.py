@@ -11,6 +11,7 @@ detoured (its neighbours give up after ``peer_timeout_s``, as without detours).
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from noflush.stage.peer import Peer, PeerGone
 ACTIVATION, GRADIENT, CONTROL = "activation", "gradient", "control"
 _LOOKS_EVERY = 0.5
 _ASKS_EVERY = 2.0
+_TRIES_S = 15.0
+"""Seconds in which those who failed are asked again, before there is nobody."""
 
 
 class Line(Protocol):
@@ -123,12 +126,19 @@ class Link:
         return next((line for first, line in reversed(self._lines) if first <= number), None)
 
     def add_line(self, first: int, line: Line) -> None:
-        """Messages from ``first`` on go by ``line``; what was sent of them, and may not have arrived, goes again."""
+        """Messages from ``first`` on go by ``line``, up to where a later line that is there begins.
+
+        What was sent of them, and may not have arrived, goes again.
+        """
         with self.lock:
-            superseded = [old for begin, old in self._lines if begin >= first]
-            self._lines = [(begin, old) for begin, old in self._lines if begin < first] + [(first, line)]
+            later = [(begin, old) for begin, old in self._lines if begin > first and not old.closed]
+            earlier = [(begin, old) for begin, old in self._lines if begin < first and not old.closed]
+            kept = {id(old) for _, old in (*earlier, *later)}
+            superseded = [old for _, old in self._lines if id(old) not in kept]
+            self._lines = [*earlier, (first, line), *later]
+            end = later[0][0] if later else sys.maxsize
             for keeper in self.keepers:
-                keeper.send_kept(first, line)
+                keeper.send_kept(first, end, line)
             self._changed.notify_all()
         for old in superseded:
             old.close()
@@ -147,6 +157,10 @@ class Link:
 
     def wait(self, kind: str, number: int, seconds: float, over: Callable[[], bool]) -> Message | None:
         """Message ``number``; None if it has not come in ``seconds``, or cannot come, as ``over`` says."""
+        found: Message | None = self.peer.attention.wait(lambda: self._wait(kind, number, seconds, over))
+        return found
+
+    def _wait(self, kind: str, number: int, seconds: float, over: Callable[[], bool]) -> Message | None:
         deadline = time.monotonic() + seconds
         with self.lock:
             while (kind, number) not in self._arrived:
@@ -191,18 +205,26 @@ class LinkBelow(Link):
                     self._refused.clear()
                     self._retire(number)
                     return found
-                self._refused.add(self._names.get(id(line), ""))
-            self._go_round()
+                self._refused.add(self._names.pop(id(line), ""))
+            self._go_round(line)
 
-    def _go_round(self) -> None:
-        """Finds somebody for all messages whose gradients have not come."""
-        self.close()
-        first = self.wanted(GRADIENT)
-        try:
-            name, line = self.find(first, self._refused)
-        except NoStandIn as why:
-            raise self.given_up(str(why)) from why
-        self._names = {id(line): name}
+    def _go_round(self, failed: Line | None) -> None:
+        """Finds somebody for all messages whose gradients have not come, and that go by no line that is there."""
+        with self.lock:
+            self._lines = [(begin, line) for begin, line in self._lines if line is not failed and not line.closed]
+        if failed is not None:
+            failed.close()
+        first, deadline = self.wanted(GRADIENT), time.monotonic() + _TRIES_S
+        while True:
+            try:
+                name, line = self.find(first, self._refused)
+                break
+            except NoStandIn as why:
+                if not self._refused or time.monotonic() > deadline:
+                    raise self.given_up(str(why)) from why
+                self._refused.clear()  # who has failed may be there again
+                time.sleep(1.0)
+        self._names[id(line)] = name
         self.add_line(first, line)
 
     def hand_over(self, first: int, line: Line) -> None:
@@ -258,8 +280,8 @@ def _nobody(first: int, refused: set[str]) -> tuple[str, Line]:
 class SendsByLines(Protocol):
     """A channel that can send again."""
 
-    def send_kept(self, first: int, line: Line) -> None:
-        """Sends all kept messages from number ``first`` on by ``line``."""
+    def send_kept(self, first: int, end: int, line: Line) -> None:
+        """Sends all kept messages of numbers [first, end) by ``line``."""
 
 
 class DetourOutbox(Outbox):
@@ -284,10 +306,11 @@ class DetourOutbox(Outbox):
             if line is not None:
                 line.send(self._name, index, payload)
 
-    def send_kept(self, first: int, line: Line) -> None:
+    def send_kept(self, first: int, end: int, line: Line) -> None:
         """As `SendsByLines`."""
         for index, payload in self.untaken(first):
-            line.send(self._name, index, payload)
+            if index < end:
+                line.send(self._name, index, payload)
 
     def retire(self, up_to: int) -> None:
         """As `Outbox.retire`; that the peer is gone is for the next receive to find."""
@@ -338,10 +361,10 @@ class DetourInbox(Inbox):
                 self._link.note(gone)
         tensors = list(self._link.take(self._name, index)[0])
         self._link.took(self._name, index)
-        return [_as_model(t.to(self._device), spec) for t, spec in zip(tensors, specs, strict=True)]
+        return [as_model(t.to(self._device), spec) for t, spec in zip(tensors, specs, strict=True)]
 
 
-def _as_model(tensor: Tensor, spec: TensorSpec) -> Tensor:
+def as_model(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """What `as_wire` made of a tensor like ``spec``, back."""
     return tensor if tensor.dtype == spec.dtype else tensor.view(spec.dtype).reshape(spec.shape)
 
@@ -369,10 +392,11 @@ class DetourControlOut(ControlOut):
             if line is not None:
                 line.send(CONTROL, before, words=words)
 
-    def send_kept(self, first: int, line: Line) -> None:
+    def send_kept(self, first: int, end: int, line: Line) -> None:
         """As `SendsByLines`; also those before ``first``, of which a stage behind may not have heard."""
         for before, words in self._kept:
-            line.send(CONTROL, before, words=words)
+            if before < end:
+                line.send(CONTROL, before, words=words)
 
     def retire(self, activation: int) -> None:
         """As `ControlOut.retire`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -31,7 +32,8 @@ class PeerGone(PeerError):
 class Attention:
     """How long this rank has not listened to its neighbours, which wait ``timeout_s`` for it.
 
-    ``waiting``: what it is waiting for, and since when (`time.monotonic`); None if for nothing.
+    ``waiting``: what it is waiting for, and since when (`time.monotonic`); None if for nothing. ``wait``: carries out a
+    wait, given as a function that blocks (`meanwhile.Meanwhile.wait` does something else until then).
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -39,6 +41,7 @@ class Attention:
         self._last = time.monotonic()
         self._away = self._back = -math.inf
         self.waiting: tuple[str, float] | None = None
+        self.wait: Callable[[Callable[[], Any]], Any] = lambda blocking: blocking()
 
     def turn(self) -> float:
         """A wait begins; returns the time."""
@@ -82,7 +85,7 @@ def wait_for(work: dist.Work, peer: Peer, what: str) -> None:
     peer.attention.waiting = f"{what} stage {peer.stage} (rank {peer.rank})", start
     try:
         if dist.get_backend(peer.group) == "gloo":
-            work.wait(timedelta(seconds=peer.timeout_s))
+            peer.attention.wait(partial(work.wait, timedelta(seconds=peer.timeout_s)))
         else:
             work.wait()  # orders the device's stream; NCCL's own watchdog holds the group's timeout
     except RuntimeError as error:

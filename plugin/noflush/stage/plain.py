@@ -92,7 +92,7 @@ class ModuleWork:
 
     def batch_losses(self) -> Tensor:
         """As `Work.batch_losses`: [1]."""
-        mean = (sum(self._losses[1:], self._losses[0]) / len(self._losses)).reshape(1)
+        mean = (sum(self._losses[1:], self._losses[0]) / self.gas).reshape(1)
         self._losses.clear()
         if self._replicas is not None:
             dist.all_reduce(mean, group=self._replicas)

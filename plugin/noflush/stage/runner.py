@@ -245,8 +245,7 @@ class StageRunner:
         return divmod(self.number(m), self.schedule.gas)
 
     def _gradient_specs(self, m: int) -> tuple[TensorSpec, ...]:
-        assert self._outgoing is not None
-        gradients = self._below.gradients.specs(self._outgoing.gradients())
+        gradients = self.gradient_specs()
         if self.ends_batch(m):
             return (*gradients, self._report_spec, *self._tied.specs_up())
         return (*gradients, self._report_spec) if self._reports(m, gradients) else gradients
@@ -294,6 +293,11 @@ class StageRunner:
         """Of what an activation brings this stage, as it travels, but for tied weights."""
         assert self._incoming is not None
         return self._above.activations.specs(self._incoming.tensors)
+
+    def gradient_specs(self) -> tuple[TensorSpec, ...]:
+        """Of the gradients of this stage's outputs, as they travel."""
+        assert self._outgoing is not None
+        return self._below.gradients.specs(self._outgoing.gradients())
 
     def received(self, tensors: Sequence[Tensor]) -> Payload:
         """What the stage before sent, as its outputs were, of an activation as it travelled."""

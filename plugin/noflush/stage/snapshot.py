@@ -92,6 +92,7 @@ def take(stage: Stage, with_versions: bool = True) -> dict[str, Any]:
         "forwards": [(number, dict(stage.forwards)[number]) for number in map(runner.number, runs_again)],
         "sent": [_without_request(stage, message) for message in sent_and_not_taken(runner)],
         "sums": stage.update.sums() if runs_again.start % schedule.gas else None,
+        "guests": stage.guests,
         "tied": stage.tied.snapshot(),
         "told": _told(stage),
     }
@@ -127,6 +128,7 @@ def resume(stage: Stage, snapshot: dict[str, Any]) -> None:
     stage.ring.resume(ring)
     if snapshot["sums"] is not None:
         stage.update.set_sums(snapshot["sums"])
+        stage.guests = snapshot.get("guests", 0)
     _hear_again(stage, snapshot["told"])
     with stage.recorder.outside_calls(), stage.on_duty(), stage.work.replaying():
         empty_links(stage.runner.neighbours, stage.stage, stage.tell_all)

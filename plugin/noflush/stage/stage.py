@@ -89,7 +89,7 @@ class Stage:
         update_done: called when the learning rate's schedule has gone on too.
         before_call: called before a call is opened.
         batch_read: called with the number of each micro-batch that is read from data, and with it.
-        guests_in_update: of how many micro-batches of other groups gradients have been added since the last update.
+        guests: of how many micro-batches of other groups gradients have been added since the last update.
         forwards: of the micro-batches that went forward last, as many as are in flight between calls: number, and as
             "random" what layers drew from, as "batch" the micro-batch where the stage reads data.
     """
@@ -121,7 +121,7 @@ class Stage:
         self.after_update: Callable[[], None] = lambda: None
         self.update_done: Callable[[], None] = lambda: None
         self.before_call: Callable[[], None] = lambda: None
-        self.guests_in_update: Callable[[], int] = lambda: 0
+        self.guests = 0
         self.batch_read: Callable[[int, Any], None] = lambda micro_batch, batch: None
         self._scale: Tensor | float | None = None
         self.scale_owner: TravellingScale | None = None
@@ -331,8 +331,8 @@ class Stage:
         if not self.options.late_norm or self.schedule.stages == 1:
             whole = 0.0
         scale = 1.0 if self._scale is None else self._scale
-        if guests := self.guests_in_update():
-            scale = scale * scale_with_guests(self.schedule.gas, guests)
+        if self.guests:
+            scale, self.guests = scale * scale_with_guests(self.schedule.gas, self.guests), 0
         outcome = self.update.run(self.ring, scale, whole)
         self.after_update()
         self.norm.note(outcome.norm)

@@ -33,7 +33,8 @@ class Work(Protocol):
         """Gradients of the differentiable tensors received; frees the buffer."""
 
     def batch_losses(self) -> Tensor:
-        """At the last stage, after a batch: its mean losses over micro-batches and replicas, float64 [n]."""
+        """At the last stage, after a batch: its losses, summed over micro-batches and divided by K, the mean over
+        replicas: float64 [n]."""
 
     def take_losses(self) -> Any:
         """At the last stage: what of `batch_losses` is there so far; from now on there is nothing."""
