@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _ROUNDS = 5
 """How many rounds of averaging one that comes back waits: its place is free when one has ended, or is given up."""
+_REFRESH_S = 5.0
 _LOST, _STAGE, _SAMPLES_FROM = "noflush/lost", "noflush/stage/{}", "noflush/samples from"
 
 
@@ -74,6 +77,7 @@ class LostStages:
         self._group, self._engine, self._config, self._store = group, engine, config, store
         self.rerouting: Rerouting | None = None
         self._said: set[str] = set()
+        self._known: list[str] = []
         stage = engine.pipeline_stage
         self._door = Door(own_address(config))
         told = {
@@ -93,9 +97,21 @@ class LostStages:
             ties = [_plain(tie) for tie in stage.tied.ties]
             announce({"key": self._group.key, "store": [self._store.host, self._store.port], "ties": ties})
 
-    def _stages(self) -> list[dict[str, Any]]:
+    def _follow_doors(self) -> None:
+        """Keeps what others are told of doors new, by a connection of its own: training waits for no store."""
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        try:
+            store = TCPStore(self._store.host, self._store.port, is_master=False, wait_for_workers=False)
+            while True:
+                self._known = [told["door"] for told in self._stages(store)]
+                time.sleep(_REFRESH_S)
+        except RuntimeError:  # it ends with the group's first stage
+            return
+
+    def _stages(self, store: Any = None) -> list[dict[str, Any]]:
         keys = [_STAGE.format(number) for number in range(self._engine.num_stages)]
-        return [json.loads(told) for told in self._store.multi_get(keys)]
+        return [json.loads(told) for told in (store or self._store).multi_get(keys)]
 
     def _doors(self) -> list[str]:
         return [told["door"] for told in self._stages()]
@@ -124,7 +140,9 @@ class LostStages:
         rerouting.offers, rerouting.open_place = averager.offers, open_place
         rerouting.trained = lambda: averager.trained
         rerouting.lost = lambda lost: self._store.set(_LOST, str(lost))
-        averager.doors, averager.round_begun = self._doors, rerouting.begin_round
+        self._known = self._doors()
+        threading.Thread(target=self._follow_doors, daemon=True, name="noflush: doors").start()
+        averager.doors, averager.round_begun = lambda: self._known, rerouting.begin_round
         gas = engine.pipeline_stage.schedule.gas
         averager.guest_samples = lambda: rerouting.guests.micro_batches * engine.train_batch_size() // gas
 

@@ -41,6 +41,7 @@ def until(condition, seconds, logs):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_died_comes_back_by_one_command(tmp_path):
     """The last stage, which reads data: its labels are those of the micro-batches that the first one draws."""
     with lighthouse() as where, held_port() as one, held_port() as other, contextlib.ExitStack() as ending:
@@ -76,6 +77,7 @@ def test_without_the_dead_ranks_environment_it_says_so(tmp_path):
     assert "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set" in done.stderr
 
 
+@pytest.mark.slow
 def test_where_no_group_waits_for_it_it_says_so(tmp_path):
     with held_port() as port:
         process, log = start("noflush.rejoin", 1, port, tmp_path, ["examples/one_group.py", "--name", "a"])

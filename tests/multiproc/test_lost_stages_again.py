@@ -67,9 +67,8 @@ def test_who_stands_in_dies_too_and_the_third_group_serves_both(tmp_path):
     assert first > 12
 
 
-@pytest.mark.parametrize(
-    ("stages", "dies"), [(4, {1: 12, 3: 12}), pytest.param(5, {1: 12, 3: 20}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stages", "dies"), [(4, {1: 12, 3: 12}), (5, {1: 12, 3: 20})])
+@pytest.mark.slow
 def test_two_stages_that_are_no_neighbours(stages, dies):
     groups = [
         {"name": "a", "seed": 1, "calls": 40, "dies": dies, "expect_errors": True},
@@ -175,7 +174,7 @@ def test_two_groups_that_each_need_the_other(tmp_path, stages, lost):
     Whoever has made its last call serves no more, so the other may not get to its end.
     """
     groups = [
-        {"name": name, "seed": seed, "calls": 80, "dies": {stage: call}, "expect_errors": True,
+        {"name": name, "seed": seed, "calls": 60, "dies": {stage: call}, "expect_errors": True,
          "between": Progress(tmp_path, name)}
         for name, seed, stage, call in (("a", 1, lost[0], 12), ("b", 50, lost[1], 16))
     ]  # fmt: skip
@@ -183,7 +182,7 @@ def test_two_groups_that_each_need_the_other(tmp_path, stages, lost):
     for name, gone in zip("ab", lost, strict=True):
         reached = {rank: int((tmp_path / f"{name}{rank}").read_text()) for rank in range(stages)}
         assert reached.pop(gone) < 20
-        assert min(reached.values()) > 60, (name, reached)
+        assert min(reached.values()) > 45, (name, reached)
 
 
 class Progress:

@@ -317,7 +317,7 @@ def test_a_line_to_a_process_that_is_gone_or_stands_still_is_closed_soon(how, mo
     line.use(lambda *message: None, over.set)
     line.begin()
     try:
-        assert not over.wait(3.5)  # beats keep it open
+        assert not over.wait(2.5)  # beats keep it open
         begun = time.monotonic()
         os.kill(process.pid, how)
         assert over.wait(10)

@@ -1,7 +1,7 @@
 """What a stage does for a pipeline that has lost its like: the work of micro-batches that are guests here.
 
-In turn with its own work, one piece after each of its own forwards and backwards, with its own newest weights. Nothing
-is kept of a guest but its input: backward runs forward again, with the weights of that time (the policy ``latest``,
+In turn with its own work, one piece after each of its own forwards and backwards, and whenever it waits for something of
+its own: two groups may need each other. With its own newest weights. Nothing is kept of a guest but its input: backward runs forward again, with the weights of that time (the policy ``latest``,
 with recomputation), so no weight version is kept for guests either. Their gradients are part of the update under way,
 which then takes the mean over its own micro-batches and them.
 """
