@@ -78,7 +78,7 @@ def test_without_its_last_stage(tmp_path):
     lose(tmp_path, 3, 2, (40, 90))
 
 
-@pytest.mark.parametrize(("lost", "calls"), [(1, (90, 150)), pytest.param(2, (220, 330), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("lost", "calls"), [(1, (110, 180)), pytest.param(2, (220, 330), marks=pytest.mark.slow)])
 def test_the_stage_comes_back(tmp_path, lost, calls):
     results = lose(tmp_path, 3, lost, calls, comes_back=1.0)
     back = results[0][lost]

@@ -1,9 +1,10 @@
 """What a stage does for a pipeline that has lost its like: the work of micro-batches that are guests here.
 
-In turn with its own work, one piece after each of its own forwards and backwards, and whenever it waits for something of
-its own: two groups may need each other. With its own newest weights. Nothing is kept of a guest but its input: backward runs forward again, with the weights of that time (the policy ``latest``,
-with recomputation), so no weight version is kept for guests either. Their gradients are part of the update under way,
-which then takes the mean over its own micro-batches and them.
+In turn with its own work, one piece after each of its own forwards and backwards, and whenever it waits for a message
+of its own, since two groups may need each other. Weights are its newest. Nothing is kept of a guest but its input:
+backward runs forward again, with the weights of that time (the policy ``latest``, with recomputation), so no version is
+kept for guests either. Their gradients are part of the update under way, which takes the mean over its own
+micro-batches and them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +87,8 @@ class Guests:
         self._todo: deque[tuple[Session, str, int, Sequence[Tensor]]] = deque()
         self._sessions: list[Session] = []
         self._own = 0
+        self._turn = False
+        self._piece_s = 0.0
         self.served: deque[Served] = deque(maxlen=_KEPT)
         self.micro_batches = 0
         assert stage.runner.neighbours.attention is not None
@@ -192,15 +196,23 @@ class Guests:
         """After each of the stage's own forwards and backwards: one guest's turn."""
         self._own += 1
         if op is Op.BACKWARD or (op is Op.FORWARD and not self._last):  # a last stage's turn is both at once
-            self._serve_one()
+            self._turn = not self._serve_one()
 
     def _work_until(self, over: Callable[[], bool]) -> None:
-        """While the stage waits for something of its own, which may depend on just this work."""
+        """While the stage waits for something of its own, which may depend on just this work.
+
+        A turn that was not used is taken at once; more than that only where nothing of its own comes for as long as a
+        piece of work takes, or guests would get more of the stage than its own pipeline.
+        """
+        since = time.monotonic()
         while not over():
-            if not self._serve_one():
-                with self._news:
-                    if not over() and self._ready() is None:
-                        self._news.wait(1.0)
+            patience = 0.0 if self._turn else self._piece_s - (time.monotonic() - since)
+            if patience <= 0 and self._serve_one():
+                self._turn, since = False, time.monotonic()
+                continue
+            with self._news:
+                if not over():
+                    self._news.wait(1.0 if self._ready() is None else max(patience, 1e-4))
 
     def _wake(self) -> None:
         with self._news:
@@ -209,7 +221,7 @@ class Guests:
     def _serve_one(self) -> bool:
         """One piece of work; whether there was any."""
         while (item := self._next()) is not None:
-            session = item[0]
+            session, begun = item[0], time.monotonic()
             try:
                 worked = self._do(*item)
             except Exception as error:  # a guest's harm is its own
@@ -220,6 +232,7 @@ class Guests:
             if session.ending and not session.inputs:
                 self._end(session)
             if worked:
+                self._piece_s = time.monotonic() - begun
                 return True
         return False
 

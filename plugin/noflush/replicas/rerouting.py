@@ -83,8 +83,8 @@ class Rerouting:
         stage.before_call = self._before_call
 
     def begin_round(self) -> None:
-        """This stage begins a round of averaging: so does the lost one's place."""
-        if self._place is not None:
+        """This stage begins a round of averaging: so does the lost one's place, unless the stage itself is coming."""
+        if self._place is not None and self._coming is None:
             self._place.start()
 
     def close(self) -> None:

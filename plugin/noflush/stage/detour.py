@@ -25,7 +25,7 @@ from torch import Tensor
 from noflush.failure.last_words import PeerError
 from noflush.stage.channels import ControlIn, ControlOut, Inbox, Outbox
 from noflush.stage.messages import Header, StageFigures, TensorSpec
-from noflush.stage.peer import Peer, PeerGone
+from noflush.stage.peer import Peer, PeerGone, wait_for
 
 ACTIVATION, GRADIENT, CONTROL = "activation", "gradient", "control"
 _LOOKS_EVERY = 0.5
@@ -84,11 +84,6 @@ class Link:
     def direct(self) -> bool:
         """Whether messages go without a detour."""
         return self.gone is None and not self._lines
-
-    @property
-    def detoured(self) -> bool:
-        """Whether the neighbour has ever been lost."""
-        return not self.direct
 
     def note(self, gone: PeerGone) -> None:
         """The direct connection is closed."""
@@ -157,7 +152,12 @@ class Link:
 
     def wait(self, kind: str, number: int, seconds: float, over: Callable[[], bool]) -> Message | None:
         """Message ``number``; None if it has not come in ``seconds``, or cannot come, as ``over`` says."""
-        found: Message | None = self.peer.attention.wait(lambda: self._wait(kind, number, seconds, over))
+        attention = self.peer.attention
+        attention.waiting = f"waiting for {kind} {number}, round stage {self.peer.stage}", time.monotonic()
+        try:
+            found: Message | None = attention.wait(lambda: self._wait(kind, number, seconds, over))
+        finally:
+            attention.waiting = None
         return found
 
     def _wait(self, kind: str, number: int, seconds: float, over: Callable[[], bool]) -> Message | None:
@@ -314,12 +314,16 @@ class DetourOutbox(Outbox):
 
     def retire(self, up_to: int) -> None:
         """As `Outbox.retire`; that the peer is gone is for the next receive to find."""
-        try:
+        while True:
             with self._link.lock:
-                super().retire(up_to)
-        except PeerGone as gone:
-            self._link.note(gone)
-            self.retire(up_to)
+                if not self._open or self._open[0][0] > up_to:
+                    return
+                index, _, works = self._open.popleft()
+            for work in works:
+                try:
+                    wait_for(work, self._peer, f"sending {self._name} {index} to")
+                except PeerGone as gone:
+                    self._link.note(gone)
 
 
 class DetourInbox(Inbox):
