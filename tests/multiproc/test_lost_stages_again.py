@@ -98,6 +98,21 @@ def test_it_comes_back_and_dies_again():
     assert pieces[-1] == 139
 
 
+@pytest.mark.slow
+def test_it_comes_back_and_its_neighbour_dies():
+    """Its channels are lines from the start, and go round the neighbour all the same."""
+    groups = [
+        {"name": "a", "seed": 1, "calls": 140, "dies": {2: 12, 1: 90}, "comes_back": (2, 1.0), "expect_errors": True},
+        {"name": "b", "seed": 50, "calls": 260},
+    ]
+    a, b = lose(3, groups)
+    assert a[1] == ()
+    whole(a, 140)
+    assert a[2]["began"] < 90
+    assert b[1]["served"]
+    assert b[2]["served"]
+
+
 @pytest.mark.parametrize(
     ("dies", "said"),
     [

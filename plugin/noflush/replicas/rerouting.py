@@ -22,7 +22,6 @@ from noflush.replicas.empty_place import EmptyPlace
 from noflush.replicas.guests import Guests
 from noflush.replicas.labels import KeptLabels
 from noflush.replicas.transport import State
-from noflush.stage.alone import is_alone
 from noflush.stage.detour import Line, NoStandIn
 from noflush.stage.messages import PayloadSpec
 from noflush.stage.stage import Stage
@@ -207,11 +206,11 @@ class Rerouting:
     def _is_found(self) -> bool:
         """As `LinkAbove.is_found`."""
         stage, doors = self._stage.stage, None
-        if is_alone() or stage < 2:  # nobody stands in for what is above; or this one was replaced again
+        if stage < 2:  # nobody stands in for the first stage
             return False
         try:
             doors = self._doors()
-            # The stage before may be alive, and have found somebody for this one: its connection broke, not it.
+            # The stage before may be alive, and have found somebody for this one: their connection broke, not it.
             if knock(doors[stage - 1], {"kind": "alive"}, KNOCK_S)[1][1]["replaced"] == stage:
                 return False
         except (Refused, OSError, RuntimeError):  # the group's store ends with its first stage
