@@ -48,7 +48,7 @@ def lose(tmp_path, stages, lost, calls, gas=1, comes_back=None, make_optimizer=n
 
 
 def test_a_pipeline_goes_on_without_a_stage(tmp_path):
-    lose(tmp_path, 3, 1, (40, 90))
+    lose(tmp_path, 3, 1, (30, 64))
 
 
 def muon(params):
@@ -75,7 +75,7 @@ def test_so_it_does_in_every_form(tmp_path, name):
 
 
 def test_without_its_last_stage(tmp_path):
-    lose(tmp_path, 3, 2, (40, 90))
+    lose(tmp_path, 3, 2, (30, 64))
 
 
 @pytest.mark.parametrize(("lost", "calls"), [(1, (110, 180)), pytest.param(2, (220, 330), marks=pytest.mark.slow)])

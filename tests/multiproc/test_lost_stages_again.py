@@ -182,7 +182,8 @@ def test_links_that_code_what_they_carry(lost):
     assert any(coded[call] != plain[call] for call in plain)
 
 
-@pytest.mark.parametrize(("stages", "lost"), [(4, (1, 2)), pytest.param(5, (3, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stages", "lost"), [(4, (1, 2)), (5, (3, 1))])
 def test_two_groups_that_each_need_the_other(tmp_path, stages, lost):
     """Each serves while it waits for what the other serves: nobody's turn may wait for its own.
 

@@ -93,10 +93,10 @@ def test_unguarded_one_ranks_split_meets_anothers_for_another_group():
 
 def links_opened(rank, stages):
     """How many of the device's groups with a neighbour a rank is in."""
-    from noflush.stage import channels
+    from noflush.stage import connect
 
-    channels.without_splits = contextlib.nullcontext
-    made = counted(lambda: channels.connect([list(range(stages))], rank, torch.device("cpu"), 30.0))[1]
+    connect.without_splits = contextlib.nullcontext
+    made = counted(lambda: connect.connect([list(range(stages))], rank, torch.device("cpu"), 30.0))[1]
     return sum(backend == "nccl" and rank in members for backend, members in made)
 
 
@@ -111,7 +111,7 @@ def constructed(rank, stages, guarded):
     gpt = t.GPT | {"depth": 6}
     config = t.ds_config(1, block={})
     with contextlib.ExitStack() as patches:
-        for module in ("stage.channels", "stage.stage"):
+        for module in ("stage.connect", "stage.stage"):
             patches.enter_context(mock.patch(f"noflush.{module}.dist.get_backend", return_value="nccl"))
             if not guarded:
                 patches.enter_context(mock.patch(f"noflush.{module}.without_splits", contextlib.nullcontext))
