@@ -1,11 +1,11 @@
-"""What it would be worth to route around a lost stage: tokens/s that are left, by arithmetic, of P stages x R groups.
+"""What it is worth to go round a lost stage: tokens/s that are left, by arithmetic, of P stages x R groups.
 
     python tests/bench/routing.py --record
 
-Every process is down for a share of the time, by itself. *Leaving*, as it is: a group works while all its P stages do,
-so a share (1 - p)^P is left. *Routing*, as SWARM does: any group's stage serves any micro-batch, all stages are equally
-fast, and the stage with fewest processes sets the pace: the mean of the minimum over stages of Binomial(R, 1 - p), over
-R. Nothing is charged for the routing itself.
+Every process is down for a share of the time, by itself. *Leaving*, without detours: a group works while all its P
+stages do, so a share (1 - p)^P is left. *Routing*, as SWARM does, and detours nearly: any group's stage serves any
+micro-batch, all stages are equally fast, and the stage with fewest processes sets the pace: the mean of the minimum
+over stages of Binomial(R, 1 - p), over R. Nothing is charged for the routing itself.
 """
 
 from __future__ import annotations

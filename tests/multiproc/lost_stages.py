@@ -15,13 +15,15 @@ from tests.multiproc.group_training import RATE, block, gpt_of
 
 def train_losing(
     rank, where, name, seed, stages, calls, gas=1, dies=None, dies_again=None, will=None, slow=0.02, optimizer=RATE,
-    more=None, extra=None, between=None, wire="model", dies_after=None,
+    more=None, extra=None, between=None, wire="model", dies_after=None, until=None, ended=None,
+    peer_timeout_s=1800.0,
 ):  # fmt: skip
     """One rank of a group.
 
     ``dies``: the call before which this rank's process is killed, by rank, leaving ``will``; ``dies_again``: that of
     one that has come back; ``dies_after``: the last stage dies after as many micro-batches. ``between``: called with
-    engine and call after each; what it returns is kept.
+    engine and call after each; what it returns is kept. ``until``: a file at which it ends before its last call;
+    ``ended``: one that it leaves at its end.
     """
     recorded, losses = t.recording()
 
@@ -32,12 +34,12 @@ def train_losing(
         return recorded(outputs, labels)
 
     replicas = block(where, name=name, reroute=True, **{"average_every": 3, **(extra or {})})
-    config = t.ds_config(gas, optimizer, {**replicas, "wire": wire}, **(more or {}))
+    config = t.ds_config(gas, optimizer, {**replicas, "wire": wire, "peer_timeout_s": peer_timeout_s}, **(more or {}))
     engine = t.build(stages, config, gpt=gpt_of(stages), loss_fn=loss_fn)
     engine.group.join()
     began, times, kept = engine.global_steps, [], []
     last = dies_again if is_alone() else (dies or {}).get(rank)
-    while engine.global_steps < calls:
+    while engine.global_steps < calls and not (until and until.exists()):
         call = engine.global_steps
         if call == last:
             time.sleep(0.5)  # what was sent is on its way
@@ -50,6 +52,8 @@ def train_losing(
             kept.append(between(engine, call))
         time.sleep(slow)
     engine.drain()
+    if ended and rank == 0:  # the last one to need the others
+        ended.touch()
     return result_of(engine, losses, times) | {"began": began, "kept": kept}
 
 

@@ -34,15 +34,15 @@ def lose(stages, groups, **more):
 
 
 class DieServing:
-    """The first process that has served ten pieces of work dies; ``mark`` says that one has."""
+    """The first process that has served ten pieces of work dies, or stops; ``mark`` says that one has."""
 
-    def __init__(self, mark):
-        self.mark = mark
+    def __init__(self, mark, how=signal.SIGKILL):
+        self.mark, self.how = mark, how
 
     def __call__(self, engine, call):
         if len(engine.group.lost_stages.rerouting.guests.served) >= 10 and not self.mark.exists():
             self.mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
 
 
 @pytest.mark.slow
@@ -65,6 +65,21 @@ def test_who_stands_in_dies_too_and_the_third_group_serves_both(tmp_path):
     heard = results[dead][0]["heard"] if isinstance(results[dead][0], dict) else None
     assert heard is None or sorted(heard) == list(range(1, 161))
     assert first > 12
+
+
+@pytest.mark.slow
+def test_who_stands_in_stands_still_and_another_is_asked(tmp_path):
+    """Silence on the line, while the group that stands still waits as long as it would without detours."""
+    mark, ended = tmp_path / "stopped", tmp_path / "ended"
+    stops = {"calls": 3000, "until": ended, "between": DieServing(mark, signal.SIGSTOP), "expect_errors": True}
+    groups = [
+        {"name": "a", "seed": 1, "calls": 60, "dies": {1: 12}, "expect_errors": True, "ended": ended},
+        {"name": "b", "seed": 50, **stops, "stopped": (1,)},
+        {"name": "c", "seed": 90, **stops, "stopped": (1,)},
+    ]
+    a, *_ = lose(3, groups, peer_timeout_s=45.0)
+    assert mark.exists()
+    whole(a, 60)
 
 
 @pytest.mark.parametrize(("stages", "dies"), [(4, {1: 12, 3: 12}), (5, {1: 12, 3: 20})])

@@ -15,17 +15,8 @@ from noflush.failure.last_words import PeerError
 from noflush.order.detours import Offer, ranked, replaceable, scale_with_guests
 from noflush.replicas import door as doors
 from noflush.replicas.door import Door, PeerLine, Refused, knock
-from noflush.stage.detour import (
-    ACTIVATION,
-    CONTROL,
-    GRADIENT,
-    DetourControlOut,
-    DetourInbox,
-    DetourOutbox,
-    LinkAbove,
-    LinkBelow,
-    NoStandIn,
-)
+from noflush.stage.detour import DetourControlOut, DetourInbox, DetourOutbox
+from noflush.stage.link import ACTIVATION, CONTROL, GRADIENT, LinkAbove, LinkBelow, NoStandIn
 from noflush.stage.messages import TensorSpec
 from noflush.stage.peer import Attention, Peer, PeerGone
 
@@ -144,7 +135,7 @@ def test_each_message_goes_by_the_newest_line_that_begins_before_it():
     threading.Timer(0.2, lambda: link.bring(GRADIENT, 0, [value(0)], [])).start()
     inbox.take(0)
     outbox.send(1, [value(1)])
-    link.hand_over(2, back)
+    link.add_line(2, back)
     outbox.send(2, [value(2)])
     assert [number for _, number, _ in stand_in.sent] == [0, 1]
     assert [number for _, number, _ in back.sent] == [2]
@@ -400,7 +391,7 @@ def test_a_line_that_fails_takes_no_other_with_it():
         inbox.post([TensorSpec((1,), torch.float32, False)])
     threading.Timer(0.2, lambda: link.bring(GRADIENT, 0, [value(0)], [])).start()
     inbox.take(0)
-    link.hand_over(4, back)
+    link.add_line(4, back)
     outbox.send(4, [value(4)])
     stand_in.closed = True
     threading.Timer(0.5, lambda: link.bring(GRADIENT, 1, [value(1)], [])).start()

@@ -31,8 +31,8 @@ class Offer:
 def ranked(offers: Sequence[Offer], refused: Collection[str] = ()) -> list[Offer]:
     """In the order in which they are asked: the fastest first, newcomers last, by key where nothing else says.
 
-    A newcomer's pipeline fills and its rate is not known: to trust it with another's work was what runs over the
-    internet had to give up (``docs/replicas.md``).
+    A newcomer's pipeline is filling, and its rate is not known; that such go to the queue's tail is what Node0 learnt
+    from training over the internet.
 
     Args:
         refused: keys of those that have failed already.

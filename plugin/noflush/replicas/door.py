@@ -48,7 +48,7 @@ class PeerLine:
 
     @property
     def closed(self) -> bool:
-        """As `detour.Line`."""
+        """As `link.Line`."""
         return self._closed.is_set()
 
     @property
@@ -67,17 +67,17 @@ class PeerLine:
             threading.Thread(target=task, daemon=True, name="noflush: line").start()
 
     def send(self, kind: str, number: int, tensors: Sequence[Tensor] = (), words: Sequence[int] = ()) -> None:
-        """As `detour.Line`."""
+        """As `link.Line`."""
         self._outgoing.put(({"kind": kind, "number": number, "words": list(words)}, tensors))
 
     def close(self) -> None:
-        """As `detour.Line`; what was to be sent goes first, if the other end takes it."""
+        """As `link.Line`; what was to be sent goes first, if the other end takes it."""
         self._outgoing.put(None)
         if not self._used:
             self._connection.close()
 
     def flush(self, seconds: float) -> None:
-        """As `detour.Line`."""
+        """As `link.Line`."""
         deadline = time.monotonic() + seconds
         while self._outgoing.unfinished_tasks and not self.closed and time.monotonic() < deadline:
             time.sleep(_POLL_S)

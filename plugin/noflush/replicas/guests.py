@@ -27,7 +27,8 @@ from noflush.replicas.door import KNOCK_S, PeerLine, Refused, knock
 from noflush.replicas.labels import labels_of
 from noflush.replicas.transport import State
 from noflush.stage.channels import as_wire
-from noflush.stage.detour import ACTIVATION, CONTROL, GRADIENT, as_model
+from noflush.stage.detour import as_model
+from noflush.stage.link import ACTIVATION, CONTROL, GRADIENT
 from noflush.stage.meanwhile import Meanwhile
 from noflush.stage.stage import Stage
 

@@ -22,7 +22,7 @@ from noflush.replicas.empty_place import EmptyPlace
 from noflush.replicas.guests import Guests
 from noflush.replicas.labels import KeptLabels
 from noflush.replicas.transport import State
-from noflush.stage.detour import Line, NoStandIn
+from noflush.stage.link import Line, NoStandIn
 from noflush.stage.messages import PayloadSpec
 from noflush.stage.stage import Stage
 
@@ -179,7 +179,7 @@ class Rerouting:
         below, first = self._stage.runner.neighbours.below, self._stage.runner.next_message
         assert below is not None
         line.send(BEGIN, first, words=[self._stage.calls, self.trained()])
-        below.hand_over(first, line)
+        below.add_line(first, line)
         self._say(f"groups: stage {self._stage.stage + 1} is back, from micro-batch {first} on")
 
     def _keep_place(self) -> None:

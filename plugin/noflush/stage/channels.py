@@ -27,7 +27,7 @@ from noflush.stage.messages import TensorSpec
 from noflush.stage.peer import Attention, Peer, lost, wait_for
 
 if TYPE_CHECKING:
-    from noflush.stage.detour import LinkAbove, LinkBelow
+    from noflush.stage.link import LinkAbove, LinkBelow
 
 _CONTROL_WORDS = 64
 # A stage runs ahead of the next one by some calls, whose headers gloo sends only once their receives are posted: with

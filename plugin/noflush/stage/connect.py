@@ -12,17 +12,9 @@ import torch
 import torch.distributed as dist
 
 from noflush.stage.channels import ControlIn, ControlOut, Inbox, Neighbours, Outbox
-from noflush.stage.detour import (
-    ACTIVATION,
-    GRADIENT,
-    DetourControlIn,
-    DetourControlOut,
-    DetourInbox,
-    DetourOutbox,
-    LinkAbove,
-    LinkBelow,
-)
+from noflush.stage.detour import DetourControlIn, DetourControlOut, DetourInbox, DetourOutbox
 from noflush.stage.groups import without_splits
+from noflush.stage.link import ACTIVATION, GRADIENT, Link, LinkAbove, LinkBelow
 from noflush.stage.peer import Attention, Peer
 
 
@@ -57,12 +49,14 @@ def connect(
                 if rank == pair[0]:
                     can_go = s + 1 in replaceable
                     below = partial(far, rank=pair[1], stage=s + 1, own_stage=s, replaceable=can_go)
-                    _open_below(neighbours, below(down), below(up), below(control), device, can_go)
+                    link = LinkBelow(below(down), direct=True) if can_go else None
+                    _open_below(neighbours, below(down), below(up), below(control), device, link)
                     neighbours.watched += () if over_gloo else (below(watch, attention=Attention(timeout_s)),)
                 elif rank == pair[1]:
                     can_go = s in replaceable
                     above = partial(far, rank=pair[0], stage=s, own_stage=s + 1, replaceable=can_go)
-                    _open_above(neighbours, above(down), above(up), above(control), device, can_go)
+                    upward = LinkAbove(above(down), direct=True) if can_go else None
+                    _open_above(neighbours, above(down), above(up), above(control), device, upward)
                     neighbours.watched += () if over_gloo else (above(watch, attention=Attention(timeout_s)),)
         if not over_gloo:
             neighbours.watched += _chained(pipelines, rank, timeout_s)
@@ -81,49 +75,35 @@ def connect_alone(stage: int, stages: int, device: torch.device, timeout_s: floa
     )
     below, above = far(rank=stage + 1, stage=stage + 1), far(rank=stage - 1, stage=stage - 1)
     if stage + 1 < stages:
-        _open_below(neighbours, below, below, below, device, detours=True, direct=False)
-    _open_above(neighbours, above, above, above, device, detours=True, direct=False)
+        _open_below(neighbours, below, below, below, device, LinkBelow(below, direct=False))
+    _open_above(neighbours, above, above, above, device, LinkAbove(above, direct=False))
     return neighbours
 
 
 def _open_below(
-    neighbours: Neighbours,
-    down: Peer,
-    up: Peer,
-    control: Peer,
-    device: torch.device,
-    detours: bool,
-    direct: bool = True,
+    neighbours: Neighbours, down: Peer, up: Peer, control: Peer, device: torch.device, link: LinkBelow | None
 ) -> None:
-    if not detours:
-        neighbours.activations_out = Outbox(down, ACTIVATION, device)
-        neighbours.gradients_in = Inbox(up, GRADIENT, device)
-        neighbours.control_out = ControlOut(control)
-        return
-    link = neighbours.below = LinkBelow(down, direct)
-    neighbours.activations_out = DetourOutbox(down, ACTIVATION, device, link)
-    neighbours.gradients_in = DetourInbox(up, GRADIENT, device, link)
-    neighbours.control_out = DetourControlOut(control, link)
+    neighbours.below = link
+    neighbours.activations_out = _outbox(down, ACTIVATION, device, link)
+    neighbours.gradients_in = _inbox(up, GRADIENT, device, link)
+    neighbours.control_out = ControlOut(control) if link is None else DetourControlOut(control, link)
 
 
 def _open_above(
-    neighbours: Neighbours,
-    down: Peer,
-    up: Peer,
-    control: Peer,
-    device: torch.device,
-    detours: bool,
-    direct: bool = True,
+    neighbours: Neighbours, down: Peer, up: Peer, control: Peer, device: torch.device, link: LinkAbove | None
 ) -> None:
-    if not detours:
-        neighbours.activations_in = Inbox(down, ACTIVATION, device)
-        neighbours.gradients_out = Outbox(up, GRADIENT, device)
-        neighbours.control_in = ControlIn(control)
-        return
-    link = neighbours.above = LinkAbove(down, direct)
-    neighbours.activations_in = DetourInbox(down, ACTIVATION, device, link)
-    neighbours.gradients_out = DetourOutbox(up, GRADIENT, device, link)
-    neighbours.control_in = DetourControlIn(control, link)
+    neighbours.above = link
+    neighbours.activations_in = _inbox(down, ACTIVATION, device, link)
+    neighbours.gradients_out = _outbox(up, GRADIENT, device, link)
+    neighbours.control_in = ControlIn(control) if link is None else DetourControlIn(control, link)
+
+
+def _outbox(peer: Peer, kind: str, device: torch.device, link: Link | None) -> Outbox:
+    return Outbox(peer, kind, device) if link is None else DetourOutbox(peer, kind, device, link)
+
+
+def _inbox(peer: Peer, kind: str, device: torch.device, link: Link | None) -> Inbox:
+    return Inbox(peer, kind, device) if link is None else DetourInbox(peer, kind, device, link)
 
 
 def _chained(pipelines: Sequence[Sequence[int]], rank: int, timeout_s: float) -> tuple[Peer, ...]:
